@@ -1,0 +1,195 @@
+"""What can be set of every service, with its defaults; a service adds its own fields."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
+
+
+class Settings(BaseModel):
+    """A group of settings; unknown names are refused."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
+    )
+
+
+class TlsSettings(Settings):
+    """Certificates of the gRPC port."""
+
+    certificate: Path | None = None
+    """PEM file with the server's certificate chain; TLS is on if it is given."""
+    key: Path | None = None
+    """PEM file with the server's private key."""
+    client_ca: Path | None = None
+    """PEM file with the authorities whose client certificates are asked for and required."""
+
+
+class ApiKey(Settings):
+    """An API key and what it may do."""
+
+    name: str
+    """Names the key's holder in logs and audit events."""
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """SHA-256 of the key in hexadecimal, as printed by ``agent360-mesh keys hash``."""
+    tenants: tuple[str, ...] = ()
+    """The tenants the key may speak for; ``*`` stands for all."""
+    service: bool = False
+    """True for the mesh's own services: exempt from quotas."""
+    admin: bool = False
+    """True for operators."""
+
+
+class AuthenticationSettings(Settings):
+    """Who may call. Without keys everyone on loopback may speak for every tenant."""
+
+    keys: tuple[ApiKey, ...] = ()
+    """The accepted API keys."""
+
+
+class TenantSettings(Settings):
+    """Which tenants there are."""
+
+    strict: bool = False
+    """True: only ``known`` tenants are served."""
+    known: tuple[str, ...] = ()
+    """Names of tenants."""
+
+
+class DeadlineSettings(Settings):
+    """How long a call may take."""
+
+    default_s: float = Field(default=10.0, gt=0)
+    """Deadline of a call that names none, in seconds."""
+    maximum_s: float = Field(default=600.0, gt=0)
+    """A longer deadline is cut to this, in seconds."""
+
+
+class StreamSettings(Settings):
+    """Bounds of a Pipeline stream."""
+
+    max_in_flight: int = Field(default=10_000, gt=0)
+    """Items of one stream that may be open or waiting to be sent; beyond that nothing is read."""
+    max_unsent_bytes: int = Field(default=32 * 2**20, gt=0)
+    """Bytes of answers that may wait to be sent before handlers and the reader are held back."""
+    max_message_items: int = Field(default=1_000, gt=0)
+    """Answers in one message."""
+    max_message_bytes: int = Field(default=2**20, gt=0)
+    """Size at which a message is closed; one larger answer still goes out alone."""
+    initial_credits: int = Field(default=64, gt=0)
+    """Chunks of a streamed answer sent before the caller gives credit, unless the item says."""
+    max_age_s: float = Field(default=1800.0, gt=0)
+    """Age at which a stream is drained so that load spreads, in seconds; varied by 10%."""
+    stalled_s: float = Field(default=60.0, gt=0)
+    """A stream whose caller reads nothing for this long is cut, in seconds."""
+
+
+class SheddingSettings(Settings):
+    """When calls are refused to keep the others fast."""
+
+    max_in_flight: int = Field(default=20_000, gt=0)
+    """Calls worked on at a time; low priority is shed at 80% of it, normal at 90%."""
+
+
+class QuotaSettings(Settings):
+    """Whether the ratelimit service is asked before a call is served."""
+
+    enabled: bool = False
+    """True: every call is checked against limits named like its method."""
+    when_away: Literal["open", "closed"] = "open"
+    """What happens while the ratelimit service is away: calls are served, or refused."""
+    timeout_s: float = Field(default=0.25, gt=0)
+    """How long the ratelimit service is waited for, in seconds."""
+
+
+class TracingSettings(Settings):
+    """OpenTelemetry tracing."""
+
+    endpoint: str = ""
+    """OTLP gRPC endpoint such as http://localhost:4317; empty: no tracing."""
+    sample_ratio: float = Field(default=0.0, ge=0, le=1)
+    """Share of untraced unary calls that start a trace; sampled callers are always followed."""
+
+
+class LogSettings(Settings):
+    """Logs."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least level that is written."""
+    format: Literal["auto", "json", "console"] = "auto"
+    """``auto`` writes JSON unless standard error is a terminal."""
+    access: Literal["off", "errors", "all"] = "errors"
+    """Which calls are logged: none, those that failed or were slow, or all."""
+    slow_s: float = Field(default=5.0, gt=0)
+    """A call that took this long is slow, in seconds."""
+
+
+class MeshAddresses(Settings):
+    """Where the other services are; ``host:port``, several separated by commas."""
+
+    inference: str = "127.0.0.1:7360"
+    """The inference service."""
+    cache: str = "127.0.0.1:7361"
+    """The cache service."""
+    ratelimit: str = "127.0.0.1:7362"
+    """The ratelimit service."""
+    metrics: str = "127.0.0.1:7363"
+    """The metrics service."""
+    api_key: SecretStr = SecretStr("")
+    """The key that this service shows to the others."""
+    ca: Path | None = None
+    """PEM file with the authorities to trust; TLS is used if it is given."""
+
+
+class ServerSettings(Settings):
+    """What can be set of every service."""
+
+    service: ClassVar[str]
+    """The service's name: inference, cache, ratelimit or metrics."""
+    default_port: ClassVar[int]
+    """The service's gRPC port; its HTTP port is 1,000 above."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. Beyond loopback, TLS and API keys are required unless ``insecure``."""
+    port: int = Field(default=0, ge=0, le=65535)
+    """gRPC port; 0: the service's own (``agent360-mesh config`` shows it)."""
+    http_port: int = Field(default=0, ge=0, le=65535)
+    """HTTP port of /metrics, /healthz and /readyz; 0: the service's own."""
+    ephemeral_ports: bool = False
+    """True: ports of 0 are chosen by the operating system, for tests and embedding."""
+    insecure: bool = False
+    """True: listen beyond loopback without TLS or API keys all the same."""
+    reflection: bool = True
+    """Whether gRPC server reflection is served."""
+    channelz: bool = True
+    """Whether channelz is served to loopback callers and admins."""
+    grace_s: float = Field(default=10.0, ge=0)
+    """How long calls may go on after SIGTERM, in seconds."""
+    max_message_bytes: int = Field(default=16 * 2**20, ge=2**16)
+    """Largest gRPC message taken or sent."""
+    compression: Literal["none", "gzip"] = "gzip"
+    """How large answers are compressed for callers that accept it."""
+    compression_min_bytes: int = Field(default=16 * 2**10, ge=0)
+    """Messages below this size are not compressed."""
+    tls: TlsSettings = TlsSettings()
+    """Certificates of the gRPC port."""
+    authentication: AuthenticationSettings = AuthenticationSettings()
+    """Who may call."""
+    tenants: TenantSettings = TenantSettings()
+    """Which tenants there are."""
+    deadline: DeadlineSettings = DeadlineSettings()
+    """How long a call may take."""
+    stream: StreamSettings = StreamSettings()
+    """Bounds of a Pipeline stream."""
+    shedding: SheddingSettings = SheddingSettings()
+    """When calls are refused to keep the others fast."""
+    quota: QuotaSettings = QuotaSettings()
+    """Whether the ratelimit service is asked before a call is served."""
+    tracing: TracingSettings = TracingSettings()
+    """OpenTelemetry tracing."""
+    log: LogSettings = LogSettings()
+    """Logs."""
+    mesh: MeshAddresses = MeshAddresses()
+    """Where the other services are."""
