@@ -1,0 +1,50 @@
+"""What an Agent360 component imports to call the mesh.
+
+Example:
+    >>> async with Mesh.connect(tenant="acme") as mesh:
+    ...     lookup = await mesh.cache.get("plan:42")
+"""
+
+from agent360.client.cache import CacheClient, Entry, Lookup, Outcome
+from agent360.client.channel import Tls
+from agent360.client.chat import Answer, AnswerSource, GenerateRequest, Message, Tool, ToolCall
+from agent360.client.context import CallScope, Priority, call_scope
+from agent360.client.errors import (
+    DeadlineExceededError,
+    InvalidRequestError,
+    MeshError,
+    RateLimitedError,
+    UnavailableError,
+    Violation,
+)
+from agent360.client.inference import InferenceClient
+from agent360.client.mesh import Mesh
+from agent360.client.ratelimit import CheckRequest, Decision, RateLimitClient
+
+__all__ = [
+    "InferenceClient",
+    "ToolCall",
+    "Tool",
+    "Message",
+    "GenerateRequest",
+    "AnswerSource",
+    "Answer",
+    "CacheClient",
+    "CallScope",
+    "CheckRequest",
+    "DeadlineExceededError",
+    "Decision",
+    "Entry",
+    "InvalidRequestError",
+    "Lookup",
+    "Mesh",
+    "MeshError",
+    "Outcome",
+    "Priority",
+    "RateLimitClient",
+    "RateLimitedError",
+    "Tls",
+    "UnavailableError",
+    "Violation",
+    "call_scope",
+]

@@ -1,0 +1,75 @@
+"""The access log and the RED metrics."""
+
+from __future__ import annotations
+
+import time
+from typing import Final
+
+import grpc
+import structlog
+
+from agent360.mesh.runtime.batch import Group
+from agent360.mesh.runtime.red import RedTable
+from agent360.mesh.runtime.settings import LogSettings
+
+_SERVER_FAULTS: Final = {
+    grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.DATA_LOSS,
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+_LINES_PER_S: Final = 100
+"""Access log lines a second; what is over is counted and said in the next line."""
+
+
+class AccessPolicy:
+    """Counts every call and logs those that the settings ask for, one line for a group."""
+
+    def __init__(
+        self, settings: LogSettings, red: RedTable, log: structlog.stdlib.BoundLogger
+    ) -> None:
+        self._red = red
+        self._log = log
+        self._level = settings.access
+        self._slow_s = settings.slow_s
+        self._second = 0
+        self._lines = 0
+        self._suppressed = 0
+
+    def before(self, group: Group) -> None:
+        """Nothing."""
+
+    def after(self, group: Group, code: grpc.StatusCode, count: int, duration_s: float) -> None:
+        """Counts and logs ``count`` items of the group."""
+        call = group.call
+        self._red.add(call.method, call.tenant, code, call.streamed, count, duration_s)
+        if self._level == "off":
+            return
+        failed = code is not grpc.StatusCode.OK and code is not grpc.StatusCode.CANCELLED
+        if not (failed or duration_s > self._slow_s or self._level == "all"):
+            return
+        second = int(time.monotonic())
+        if second != self._second:
+            self._second, self._lines = second, 0
+        self._lines += 1
+        if self._lines > _LINES_PER_S:
+            self._suppressed += 1
+            return
+        suppressed, self._suppressed = self._suppressed, 0
+        write = self._log.warning if code in _SERVER_FAULTS else self._log.info
+        write(
+            "call",
+            method=call.method,
+            code=code.name,
+            tenant=call.tenant,
+            principal=call.principal.name,
+            peer=call.peer,
+            request_id=call.request_id,
+            trace_id=call.traceparent[3:35],
+            span_id=call.traceparent[36:52],
+            duration_ms=round(duration_s * 1e3, 3),
+            **({"count": count} if count > 1 else {}),
+            **({"suppressed": suppressed} if suppressed else {}),
+            **call.facts,
+        )

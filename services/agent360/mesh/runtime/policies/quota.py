@@ -1,0 +1,162 @@
+"""Quotas: every call is charged to the limits named like its method."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from typing import Final, Literal, Protocol
+
+import grpc
+import structlog
+
+from agent360.client.errors import MeshError, QuotaViolation, RateLimitedError, UnavailableError
+from agent360.mesh.runtime.batch import Group
+
+
+class Grant(Protocol):
+    """The part of a rate limit decision that the policy reads."""
+
+    @property
+    def allowed(self) -> bool: ...  # noqa: D102
+    @property
+    def granted(self) -> int: ...  # noqa: D102
+    @property
+    def retry_after_s(self) -> float | None: ...  # noqa: D102
+    @property
+    def limit_id(self) -> str: ...  # noqa: D102
+
+
+class LocalLimiter(Protocol):
+    """Decides in this process, without waiting: the ratelimit service asking itself."""
+
+    def check(self, tenant: str, name: str, hits: int, allow_partial: bool) -> Grant:
+        """Charges ``hits`` to the limits of ``name``."""
+
+
+class RemoteLimiter(Protocol):
+    """Decides in the ratelimit service: ``agent360.client.RateLimitClient``."""
+
+    async def check(
+        self,
+        name: str,
+        *,
+        hits: int = 1,
+        allow_partial: bool = False,
+        tenant: str | None = None,
+        timeout: float | None = None,
+    ) -> Grant:
+        """Charges ``hits`` to the limits of ``name``."""
+
+
+class LocalQuotaPolicy:
+    """The quota of the ratelimit service itself: it asks its own domain."""
+
+    def __init__(self, limiter: LocalLimiter) -> None:
+        self._limiter = limiter
+
+    def before(self, group: Group) -> None:
+        """Charges the group, once for all of its items.
+
+        Raises:
+            RateLimitedError: not even one item is admitted.
+        """
+        call = group.call
+        if call.principal.service:
+            return
+        grant = self._limiter.check(call.tenant, call.method[1:], len(group.items), True)
+        apply_grant(group, grant)
+
+    def after(self, group: Group, code: grpc.StatusCode, count: int, duration_s: float) -> None:
+        """Nothing: what was admitted stays charged."""
+
+
+class RemoteQuotaPolicy:
+    """The quota of the other services: they ask the ratelimit service through the client."""
+
+    def __init__(
+        self,
+        limiter: RemoteLimiter,
+        *,
+        when_away: Literal["open", "closed"],
+        timeout_s: float,
+        log: structlog.stdlib.BoundLogger,
+    ) -> None:
+        self._limiter = limiter
+        self._open = when_away == "open"
+        self._timeout_s = timeout_s
+        self._log = log
+        self._away = False
+        self.unasked = 0
+        """Calls decided without the ratelimit service, because it was away."""
+
+    def before(self, group: Group) -> Awaitable[None] | None:
+        """Charges the group, once for all of its items; the mesh's own calls are exempt."""
+        if group.call.principal.service:
+            return None
+        return self._ask(group)
+
+    def after(self, group: Group, code: grpc.StatusCode, count: int, duration_s: float) -> None:
+        """Nothing: what was admitted stays charged."""
+
+    async def _ask(self, group: Group) -> None:
+        call = group.call
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                grant = await self._limiter.check(
+                    call.method[1:],
+                    hits=len(group.items),
+                    allow_partial=True,
+                    tenant=call.tenant,
+                    timeout=self._timeout_s,
+                )
+        except (MeshError, TimeoutError) as error:
+            if isinstance(error, MeshError) and error.code not in _AWAY:
+                raise
+            self._note_away(error, group.left)
+            if self._open:
+                return
+            raise UnavailableError(
+                "the ratelimit service is away and quota.when_away is closed",
+                reason="QUOTA_UNKNOWN",
+                retry_after_s=1.0,
+            ) from error
+        if self._away:
+            self._away = False
+            self._log.info("the ratelimit service is back", unasked=self.unasked)
+        apply_grant(group, grant)
+
+    def _note_away(self, error: Exception, calls: int) -> None:
+        self.unasked += calls
+        if not self._away:
+            self._away = True
+            self._log.warning(
+                "the ratelimit service is away", served=self._open, error=str(error)
+            )
+
+
+_AWAY: Final = {
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNKNOWN,
+}
+
+
+def apply_grant(group: Group, grant: Grant) -> None:
+    """Refuses the items of a group that were not granted.
+
+    Raises:
+        RateLimitedError: none was.
+    """
+    granted = grant.granted
+    if granted >= len(group.items):
+        return
+    error = RateLimitedError(
+        f"limit {grant.limit_id!r} of tenant {group.call.tenant!r} is exhausted",
+        metadata={"limit_id": grant.limit_id},
+        retry_after_s=grant.retry_after_s,
+        quotas=[QuotaViolation(f"tenant:{group.call.tenant}", f"limit {grant.limit_id}")],
+    )
+    if granted <= 0:
+        raise error
+    group.keep(granted, error)

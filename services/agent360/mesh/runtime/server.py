@@ -1,0 +1,289 @@
+"""The server of one service: its ports, its life from start to drained stop."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import os
+import signal
+from collections.abc import Callable
+from typing import Any, Final
+
+import grpc
+import structlog
+from grpc_channelz.v1 import channelz
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
+
+from agent360.client import Mesh, Tls
+from agent360.client.channel import server_options
+from agent360.mesh.runtime.admin import AdminServer
+from agent360.mesh.runtime.handlers import HandlerFactory
+from agent360.mesh.runtime.interceptor import Compression, PolicyInterceptor
+from agent360.mesh.runtime.policies import Policies, Policy
+from agent360.mesh.runtime.policies.access import AccessPolicy
+from agent360.mesh.runtime.policies.authentication import AuthenticationPolicy, Authenticator
+from agent360.mesh.runtime.policies.deadline import DeadlinePolicy
+from agent360.mesh.runtime.policies.quota import LocalQuotaPolicy, RemoteQuotaPolicy
+from agent360.mesh.runtime.policies.shedding import SheddingPolicy
+from agent360.mesh.runtime.policies.tracing import TracingPolicy
+from agent360.mesh.runtime.red import RedTable
+from agent360.mesh.runtime.service import ServiceContext, Servicer
+from agent360.mesh.runtime.settings import ServerSettings
+from agent360.mesh.runtime.telemetry import SelfReport, Tracing
+
+ServicerFactory = Callable[[Any, ServiceContext], Servicer]
+"""Makes a servicer from its settings: the servicer's class."""
+
+_HTTP_OFFSET: Final = 1000
+_NOT_CALLS: Final = frozenset({"Pipeline", "Watch", "Report"})
+
+
+class Server:
+    """Serves one service.
+
+    Example:
+        >>> server = Server(CacheSettings(), CacheServicer)
+        >>> await server.start()
+        >>> await server.run_until_signal()
+    """
+
+    def __init__(
+        self, settings: ServerSettings, factory: ServicerFactory, *, mesh: Mesh | None = None
+    ) -> None:
+        """Prepares a server.
+
+        Args:
+            settings: of the service.
+            factory: makes the servicer.
+            mesh: client of the other services; None: one is connected as the settings say.
+
+        Raises:
+            ValueError: it would listen beyond loopback without TLS and API keys.
+        """
+        refuse_open_listener(settings)
+        self.settings = settings
+        self.log: structlog.stdlib.BoundLogger = structlog.get_logger(service=settings.service)
+        self.registry = CollectorRegistry()
+        for collector in (GCCollector, PlatformCollector, ProcessCollector):
+            collector(registry=self.registry)
+        self._factory = factory
+        self._given_mesh = mesh
+        self._health = health.aio.HealthServicer()
+        self._admin = AdminServer(self.registry, lambda: self.ready)
+        self._tracing = Tracing(settings.tracing, settings.service)
+        self._red = RedTable()
+        self.registry.register(self._red)  # type: ignore[arg-type]  # a collector by its method
+        self.ready = False
+        """Whether calls are served."""
+        self.port = 0
+        """The gRPC port in use, once started."""
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def address(self) -> str:
+        """``host:port`` of the gRPC port, once started."""
+        return f"{self.settings.host}:{self.port}"
+
+    @property
+    def http_port(self) -> int:
+        """The HTTP port in use, once started."""
+        return self._admin.port
+
+    async def start(self) -> None:
+        """Listens, connects the backends, then serves.
+
+        Raises:
+            RuntimeError: a port is taken.
+        """
+        settings = self.settings
+        self._mesh = self._given_mesh or connect_mesh(settings)
+        context = ServiceContext(mesh=self._mesh, registry=self.registry, log=self.log)
+        self._servicer = self._factory(settings, context)
+        policies = Policies(self._policies())
+        self._handlers = HandlerFactory(settings, policies, self.log)
+        self._grpc = self._build(policies)
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._admin.start(settings.host, self._wanted(settings.http_port, _HTTP_OFFSET))
+        self.port = self._bind(f"{settings.host}:{self._wanted(settings.port, 0)}")
+        await self._grpc.start()
+        await self._servicer.start()
+        measurements = getattr(self._servicer, "measurements", None) or self._mesh.metrics
+        self._report = SelfReport(self._red, measurements, settings.service)
+        self._tasks.append(asyncio.create_task(self._report.run()))
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        self.ready = True
+        self.log.info("serving", address=self.address, http_port=self.http_port)
+
+    async def stop(self, grace_s: float | None = None) -> None:
+        """Stops in order: not ready, streams drained, calls finished, backends closed.
+
+        Args:
+            grace_s: how long calls may go on; None: as configured.
+        """
+        grace = self.settings.grace_s if grace_s is None else grace_s
+        self.ready = False
+        await self._health.enter_graceful_shutdown()
+        self._handlers.open_streams.drain("shutdown", grace)
+        await self._grpc.stop(grace)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._report.report()
+        await self._servicer.close()
+        if self._given_mesh is None:
+            await self._mesh.close()
+        await self._admin.close()
+        await self._tracing.close()
+        self.log.info("stopped")
+
+    async def run_until_signal(self) -> None:
+        """Serves until SIGTERM or SIGINT, then stops in order; a second signal exits at once."""
+        asked = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def on_signal() -> None:
+            if asked.is_set():
+                os._exit(1)
+            self.log.info("stopping", grace_s=self.settings.grace_s)
+            asked.set()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, on_signal)
+        await asked.wait()
+        await self.stop()
+
+    # ---------------------------------------------------------------- building
+
+    def _policies(self) -> list[Policy]:
+        settings = self.settings
+        policies: list[Policy] = [AccessPolicy(settings.log, self._red, self.log)]
+        if self._tracing.enabled:
+            policies.append(TracingPolicy(self._tracing.tracer, settings.tracing.sample_ratio))
+        policies += [
+            AuthenticationPolicy(settings.tenants),
+            DeadlinePolicy(settings.deadline),
+            SheddingPolicy(settings.shedding),
+        ]
+        limiter = getattr(self._servicer, "limiter", None)
+        if limiter is not None:
+            policies.append(LocalQuotaPolicy(limiter))
+        elif settings.quota.enabled:
+            policies.append(
+                RemoteQuotaPolicy(
+                    self._mesh.ratelimit,
+                    when_away=settings.quota.when_away,
+                    timeout_s=settings.quota.timeout_s,
+                    log=self.log,
+                )
+            )
+        return policies
+
+    def _build(self, policies: Policies) -> grpc.aio.Server:
+        settings = self.settings
+        compressed = settings.compression != "none"
+        lasting = {
+            f"/{definition.descriptor.full_name}/{method}"
+            for definition in self._servicer.definitions
+            for method in _NOT_CALLS | definition.long_lived
+        }
+        server = grpc.aio.server(
+            interceptors=[
+                PolicyInterceptor(
+                    Authenticator(
+                        settings.authentication, settings.mesh.api_key.get_secret_value()
+                    ),
+                    policies,
+                    long_lived=frozenset(lasting),
+                    compression=Compression(
+                        grpc.Compression.Gzip, settings.compression_min_bytes
+                    )
+                    if compressed
+                    else None,
+                    log=self.log,
+                )
+            ],
+            options=server_options(settings.max_message_bytes),
+        )
+        for definition in self._servicer.definitions:
+            server.add_generic_rpc_handlers((self._handlers.generic_handler(definition),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        names = [definition.descriptor.full_name for definition in self._servicer.definitions]
+        if settings.channelz:
+            channelz.add_channelz_servicer(server)
+            names.append("grpc.channelz.v1.Channelz")
+        if settings.reflection:
+            reflection.enable_server_reflection(
+                (*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+            )
+        return server
+
+    def _bind(self, address: str) -> int:
+        tls = self.settings.tls
+        if tls.certificate is None or tls.key is None:
+            port = self._grpc.add_insecure_port(address)
+        else:
+            ca = tls.client_ca.read_bytes() if tls.client_ca else None
+            port = self._grpc.add_secure_port(
+                address,
+                grpc.ssl_server_credentials(
+                    [(tls.key.read_bytes(), tls.certificate.read_bytes())],
+                    root_certificates=ca,
+                    require_client_auth=ca is not None,
+                ),
+            )
+        if port == 0:
+            raise RuntimeError(f"cannot listen on {address}")
+        return int(port)
+
+    def _wanted(self, port: int, offset: int) -> int:
+        if port or self.settings.ephemeral_ports:
+            return port
+        return self.settings.default_port + offset
+
+    async def _set_health(self, status: Any) -> None:
+        for name in ("", *(d.descriptor.full_name for d in self._servicer.definitions)):
+            await self._health.set(name, status)
+
+
+def connect_mesh(settings: ServerSettings) -> Mesh:
+    """Connects a service to the others, as the mesh's own principal."""
+    others = settings.mesh
+    return Mesh.connect(
+        inference=others.inference,
+        cache=others.cache,
+        ratelimit=others.ratelimit,
+        metrics=others.metrics,
+        api_key=others.api_key.get_secret_value(),
+        tls=Tls(ca=others.ca) if others.ca else None,
+    )
+
+
+def refuse_open_listener(settings: ServerSettings) -> None:
+    """Checks that nobody is served unprotected from beyond loopback.
+
+    Raises:
+        ValueError: the settings ask for that without ``insecure``.
+    """
+    if settings.insecure or _is_loopback(settings.host):
+        return
+    missing = []
+    if settings.tls.certificate is None:
+        missing.append("tls.certificate and tls.key")
+    if not settings.authentication.keys:
+        missing.append("authentication.keys")
+    if missing:
+        raise ValueError(
+            f"refusing to listen on {settings.host} without {' and '.join(missing)}; "
+            "set them, listen on 127.0.0.1, or give --insecure"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

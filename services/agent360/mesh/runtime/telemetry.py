@@ -1,0 +1,151 @@
+"""Logs, traces and self-reported measurements of a service."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from typing import Any, Final, Protocol
+
+import structlog
+from opentelemetry import trace
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
+
+from agent360.mesh.runtime.red import RedTable
+from agent360.mesh.runtime.settings import LogSettings, TracingSettings
+
+REPORT_EVERY_S: Final = 5.0
+"""How often a service reports its calls to the metrics service."""
+
+MESH_TENANT: Final = "agent360-mesh"
+"""The tenant that the mesh's own series without a tenant belong to."""
+
+
+class Measurements(Protocol):
+    """Where measurements go: the client's ``MetricsClient``, or the metrics service's own intake."""
+
+    def count(
+        self, name: str, value: float = 1.0, labels: dict[str, str] | None = None, *, tenant: str = ""
+    ) -> None:
+        """Adds to a counter."""
+
+    def observe(
+        self,
+        name: str,
+        value: float,
+        labels: dict[str, str] | None = None,
+        *,
+        tenant: str = "",
+        unit: str = "",
+        count: int = 1,
+    ) -> None:
+        """Adds ``count`` observations of ``value`` to a distribution."""
+
+
+def configure_logging(settings: LogSettings) -> None:
+    """Sets up the process's logs: one JSON object a line, or colours where a person looks on."""
+    console = settings.format == "console" or (
+        settings.format == "auto" and sys.stderr.isatty()
+    )
+    renderer: Any = (
+        structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer()
+    )
+    shared: list[Any] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    errors: list[Any] = [] if console else [structlog.processors.dict_tracebacks]
+    structlog.configure(
+        processors=[*shared, *errors, renderer],
+        wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[settings.level]),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                *errors,
+                renderer,
+            ],
+            foreign_pre_chain=shared,
+        )
+    )
+    logging.basicConfig(level=_LEVELS[settings.level], handlers=[handler], force=True)
+    logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
+
+
+_LEVELS: Final = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+}
+
+
+class Tracing:
+    """The service's tracer: exports over OTLP where an endpoint is set, else records nothing."""
+
+    def __init__(self, settings: TracingSettings, service: str) -> None:
+        self._provider: TracerProvider | None = None
+        self.tracer: trace.Tracer = trace.NoOpTracer()
+        self.enabled = bool(settings.endpoint)
+        if not self.enabled:
+            return
+        self._provider = TracerProvider(
+            sampler=ParentBased(TraceIdRatioBased(settings.sample_ratio)),
+            resource=Resource.create({"service.name": f"agent360-{service}"}),
+        )
+        self._provider.add_span_processor(
+            BatchSpanProcessor(
+                OTLPSpanExporter(
+                    endpoint=settings.endpoint,
+                    insecure=not settings.endpoint.startswith("https"),
+                )
+            )
+        )
+        self.tracer = self._provider.get_tracer("agent360.mesh")
+
+    async def close(self) -> None:
+        """Exports what is left."""
+        if self._provider is not None:
+            await asyncio.to_thread(self._provider.shutdown)
+
+
+class SelfReport:
+    """Reports a service's calls to the metrics service, by method, tenant and code.
+
+    Series: ``mesh_requests`` (counter) and ``mesh_request_seconds`` (distribution, durations
+    rounded to two significant digits).
+    """
+
+    def __init__(self, red: RedTable, measurements: Measurements, service: str) -> None:
+        self._red = red
+        self._measurements = measurements
+        self._service = service
+
+    async def run(self) -> None:
+        """Reports until cancelled."""
+        while True:
+            await asyncio.sleep(REPORT_EVERY_S)
+            self.report()
+
+    def report(self) -> None:
+        """Reports what was counted since the last time."""
+        for key, durations in self._red.drain().items():
+            _, _, method = key.method[1:].rpartition("/")
+            labels = {"service": self._service, "method": method, "code": key.code.name}
+            tenant = key.tenant or MESH_TENANT
+            self._measurements.count(
+                "mesh_requests", float(sum(durations.values())), labels, tenant=tenant
+            )
+            for duration_s, count in durations.items():
+                self._measurements.observe(
+                    "mesh_request_seconds", duration_s, labels, tenant=tenant, unit="s", count=count
+                )
