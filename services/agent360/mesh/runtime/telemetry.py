@@ -59,7 +59,8 @@ def configure_logging(settings: LogSettings) -> None:
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    errors: list[Any] = [] if console else [structlog.processors.dict_tracebacks]
+    without_locals = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+    errors: list[Any] = [] if console else [structlog.processors.ExceptionRenderer(without_locals)]
     structlog.configure(
         processors=[*shared, *errors, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[settings.level]),

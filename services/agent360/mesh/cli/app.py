@@ -1,0 +1,164 @@
+"""The command line: one function for each subcommand; the work is done elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from agent360.mesh.runtime.config import ConfigError, describe, load
+from agent360.mesh.runtime.policies.authentication import hash_key
+from agent360.mesh.services import NAMES, service_kind
+
+app = typer.Typer(
+    name="agent360-mesh",
+    help="Inference, cache, rate limits and metrics for a platform of LLM agents.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+keys = typer.Typer(help="API keys.", no_args_is_help=True)
+app.add_typer(keys, name="keys")
+
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="TOML file with a table for each service.")
+]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="A setting by its dotted path, such as deadline.default_s=5."),
+]
+Service = Annotated[str, typer.Argument(help=f"One of {', '.join(sorted(NAMES))}.")]
+
+
+@app.command()
+def serve(
+    service: Service,
+    config: ConfigFile = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="gRPC port.")] = None,
+    http_port: Annotated[int | None, typer.Option(help="HTTP port.")] = None,
+    insecure: Annotated[
+        bool, typer.Option(help="Listen beyond loopback without TLS and API keys.")
+    ] = False,
+    assignments: Assignments = None,
+) -> None:
+    """Run one service until SIGTERM."""
+    from agent360.mesh.runtime.server import Server
+    from agent360.mesh.runtime.telemetry import configure_logging
+
+    flags = parse_assignments(assignments)
+    for name, value in (("host", host), ("port", port), ("http_port", http_port)):
+        if value is not None:
+            flags[name] = value
+    if insecure:
+        flags["insecure"] = True
+    kind = _kind(service)
+    try:
+        settings = load(kind.settings, config=config, flags=flags).settings
+        configure_logging(settings.log)
+        server = Server(settings, kind.servicer)
+    except (ConfigError, ValueError) as error:
+        fail(str(error))
+
+    async def run() -> None:
+        await server.start()
+        await server.run_until_signal()
+
+    try:
+        asyncio.run(run())
+    except (RuntimeError, OSError) as error:
+        fail(f"{service} could not start: {error}")
+
+
+@app.command()
+def up(
+    config: ConfigFile = None,
+    limits: Annotated[Path | None, typer.Option(help="TOML file with rate limits.")] = None,
+    models: Annotated[Path | None, typer.Option(help="TOML file with models.")] = None,
+) -> None:
+    """Run all four services on loopback with embedded stores, until Ctrl-C."""
+    from agent360.mesh.cli.supervisor import run_up
+
+    raise typer.Exit(run_up(config, limits, models))
+
+
+@app.command()
+def health(
+    address: Annotated[str, typer.Option(help="host:port of the service.")] = "127.0.0.1:7360",
+    service: Annotated[str, typer.Option(help="Full gRPC service name; empty: overall.")] = "",
+    timeout: Annotated[float, typer.Option(help="Seconds to wait.")] = 2.0,
+    ca: Annotated[Path | None, typer.Option(help="PEM file to trust; TLS is used.")] = None,
+) -> None:
+    """Ask a service whether it is serving; exit code 0 if it is."""
+    from agent360.mesh.cli.prober import probe
+
+    status, serving = asyncio.run(probe(address, service, timeout, ca))
+    typer.echo(f"{address} {status}")
+    raise typer.Exit(0 if serving else 1)
+
+
+@app.command("config")
+def show_config(
+    service: Annotated[str, typer.Argument(help="One service; empty: all.")] = "",
+    config: ConfigFile = None,
+    assignments: Assignments = None,
+) -> None:
+    """Print the settings in force and where each came from."""
+    console = Console()
+    for name in [service] if service else sorted(NAMES):
+        table = Table(title=name, title_justify="left", box=None, pad_edge=False)
+        for column in ("setting", "value", "from"):
+            table.add_column(column, overflow="fold")
+        try:
+            loaded = load(_kind(name).settings, config=config, flags=parse_assignments(assignments))
+        except ConfigError as error:
+            fail(str(error))
+        for path, value, origin in describe(loaded):
+            table.add_row(path, value, origin)
+        console.print(table)
+
+
+@keys.command("new")
+def new_key() -> None:
+    """Make a random API key and print it with its hash."""
+    key = f"a360_{secrets.token_urlsafe(32)}"
+    typer.echo(f"key    {key}\nsha256 {hash_key(key)}")
+
+
+@keys.command("hash")
+def hash_of_key() -> None:
+    """Read an API key from standard input and print the hash for the configuration."""
+    typer.echo(hash_key(sys.stdin.readline().strip()))
+
+
+def parse_assignments(assignments: list[str] | None) -> dict[str, Any]:
+    """Values by dotted path, from ``path=value`` texts."""
+    flags: dict[str, Any] = {}
+    for assignment in assignments or []:
+        path, separator, value = assignment.partition("=")
+        if not separator:
+            fail(f"--set {assignment!r}: expected path=value")
+        flags[path.strip()] = value
+    return flags
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the command with an error for people."""
+    typer.echo(f"agent360-mesh: {message}", err=True)
+    raise typer.Exit(2)
+
+
+def _kind(service: str) -> Any:
+    if service not in NAMES:
+        fail(f"there is no service {service!r}; one of {', '.join(sorted(NAMES))}")
+    return service_kind(service)
+
+
+def main() -> None:
+    """Entry point."""
+    app()
