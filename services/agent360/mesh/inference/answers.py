@@ -1,0 +1,122 @@
+"""What a model says: pieces while it speaks, an answer when it is done."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal, NamedTuple
+
+from agent360.mesh.inference.conversation import ToolCall
+
+FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
+
+
+class ToolCallPiece(NamedTuple):
+    """A piece of a tool call."""
+
+    place: int
+    """Which call of the message, from 0."""
+    id: str
+    """The call's id, in its first piece."""
+    name: str
+    """The tool's name, in its first piece."""
+    arguments: str
+    """Arguments to append."""
+
+
+Piece = str | ToolCallPiece
+"""What a model says at a time: text, or a piece of a tool call."""
+
+
+class Delta(NamedTuple):
+    """Pieces put together, in the order in which they came."""
+
+    content: str
+    tool_calls: tuple[ToolCallPiece, ...]
+
+
+class Source(Enum):
+    """Where an answer came from."""
+
+    MODEL = "model"
+    CACHE = "cache"
+    COALESCED = "coalesced"
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens that an answer took."""
+
+    input_tokens: int
+    output_tokens: int = 0
+    cached_input_tokens: int = 0
+    estimated: bool = False
+    """True where the backend did not say."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a backend ended an answer."""
+
+    finish_reason: FinishReason
+    usage: Usage | None
+    """None where the backend did not say."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole answer of a model."""
+
+    content: str
+    tool_calls: tuple[ToolCall, ...]
+    finish_reason: FinishReason
+    usage: Usage
+    model: str
+    backend: str
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """Vectors in the order of their texts."""
+
+    vectors: Sequence[array[float]]
+    usage: Usage
+    model: str
+    backend: str
+
+
+def merge(pieces: Iterable[Piece]) -> Delta:
+    """Puts pieces together: one text, and one piece for each tool call among them."""
+    texts: list[str] = []
+    calls: dict[int, tuple[str, str, list[str]]] = {}
+    for piece in pieces:
+        if isinstance(piece, str):
+            texts.append(piece)
+            continue
+        known_id, known_name, arguments = calls.get(piece.place, ("", "", []))
+        arguments.append(piece.arguments)
+        calls[piece.place] = (known_id or piece.id, known_name or piece.name, arguments)
+    return Delta(
+        "".join(texts),
+        tuple(
+            ToolCallPiece(place, call_id, name, "".join(arguments))
+            for place, (call_id, name, arguments) in sorted(calls.items())
+        ),
+    )
+
+
+def whole_calls(delta: Delta) -> tuple[ToolCall, ...]:
+    """The tool calls of a delta that holds all pieces of a message."""
+    return tuple(ToolCall(piece.id, piece.name, piece.arguments) for piece in delta.tool_calls)
+
+
+def as_pieces(answer: Answer) -> list[Piece]:
+    """The pieces of an answer that is already whole, for replaying it as a stream."""
+    pieces: list[Piece] = [answer.content] if answer.content else []
+    pieces += [
+        ToolCallPiece(place, call.id, call.name, call.arguments)
+        for place, call in enumerate(answer.tool_calls)
+    ]
+    return pieces

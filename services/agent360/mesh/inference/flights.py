@@ -1,0 +1,227 @@
+"""Calls of a model in flight: one call, any number of callers who wait for its answer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import time
+from collections.abc import Callable, Coroutine, Hashable, Iterator, Sequence
+from typing import Any
+
+from agent360.client.errors import UnavailableError
+from agent360.mesh.inference.answers import Answer, Delta, Piece, Source, merge
+from agent360.mesh.inference.tokens import size_of
+
+
+class Flight:
+    """One call of a model and what it has said so far.
+
+    Invariant: ``pieces`` only grows, and a follower that joins late reads it from the start.
+    Exactly one of ``answer`` and ``error`` is set when it has ended.
+    """
+
+    def __init__(self, key: Hashable, user: str) -> None:
+        self.key = key
+        self.user = user
+        """Whose limits the call is charged to, besides the tenant's."""
+        self.pieces: list[Piece] = []
+        self.said_bytes = 0
+        self.answer: Answer | None = None
+        self.error: Exception | None = None
+        self.source = Source.MODEL
+        self.admitted = False
+        """Limits let it pass, or it needs none."""
+        self.denied = False
+        """Limits refused it."""
+        self.began: float | None = None
+        """When the model was asked, on the monotonic clock."""
+        self.first_piece: float | None = None
+        """When it first said something."""
+        self.followers: set[Follower] = set()
+        self.task: asyncio.Task[None] | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether there is an answer or an error."""
+        return self.answer is not None or self.error is not None
+
+    def admit(self) -> None:
+        """Notes that limits let the call pass."""
+        self.admitted = True
+        self._wake()
+
+    def push(self, pieces: Sequence[Piece]) -> None:
+        """Adds what the model said."""
+        if self.first_piece is None:
+            self.first_piece = time.monotonic()
+        self.pieces += pieces
+        self.said_bytes += sum(map(_size, pieces))
+        self._wake()
+
+    def land(self, answer: Answer, source: Source = Source.MODEL) -> None:
+        """Ends it with an answer, all of whose pieces were pushed."""
+        self.answer, self.source, self.admitted = answer, source, True
+        self._wake()
+
+    def fail(self, error: Exception) -> None:
+        """Ends it with an error, unless it has ended."""
+        if not self.ended:
+            self.error = error
+            self._wake()
+
+    def _wake(self) -> None:
+        for follower in self.followers:
+            follower.woken.set()
+
+
+class Follower:
+    """A caller that waits for a flight's answer, at its own pace.
+
+    Example:
+        >>> while await follower.more():
+        ...     delta = follower.take()
+    """
+
+    __slots__ = ("_bytes_taken", "_taken", "flight", "leads", "woken")
+
+    def __init__(self, flight: Flight, leads: bool) -> None:
+        self.flight = flight
+        self.leads = leads
+        """Whether the flight began for this caller."""
+        self.woken = asyncio.Event()
+        self._taken = 0
+        self._bytes_taken = 0
+
+    @property
+    def source(self) -> Source:
+        """Where this caller's answer comes from."""
+        if self.flight.source is Source.MODEL and not self.leads:
+            return Source.COALESCED
+        return self.flight.source
+
+    @property
+    def pending_bytes(self) -> int:
+        """Size of what ``take`` would give."""
+        return self.flight.said_bytes - self._bytes_taken
+
+    async def admitted(self) -> None:
+        """Waits until limits let the flight pass, or it ended."""
+        while not self.flight.admitted and not self.flight.ended:
+            await self._woken()
+
+    async def more(self) -> bool:
+        """Waits until there is something to take; False: everything was taken.
+
+        Raises:
+            Exception: what the flight failed with, after all that was said before was taken.
+        """
+        flight = self.flight
+        while True:
+            if self._taken < len(flight.pieces):
+                return True
+            if flight.error is not None:
+                raise flight.error
+            if flight.answer is not None:
+                return False
+            await self._woken()
+
+    def take(self) -> Delta:
+        """What was said since the last time, put together."""
+        pieces = self.flight.pieces
+        fresh = pieces if self._taken == 0 else pieces[self._taken :]
+        self._taken = len(pieces)
+        self._bytes_taken = self.flight.said_bytes
+        return merge(fresh)
+
+    async def answer(self) -> Answer:
+        """Waits for the whole answer.
+
+        Raises:
+            Exception: what the flight failed with.
+        """
+        flight = self.flight
+        while flight.answer is None:
+            if flight.error is not None:
+                raise flight.error
+            await self._woken()
+        return flight.answer
+
+    async def _woken(self) -> None:
+        self.woken.clear()
+        await self.woken.wait()
+
+
+Work = Callable[[Flight], Coroutine[Any, Any, None]]
+"""Does a flight's work: pushes pieces, lands or raises."""
+
+
+class Flights:
+    """The flights of a service.
+
+    A flight is a task of its own, in an empty context: it outlives the caller it began for while
+    another waits, and is cancelled when nobody does.
+    """
+
+    def __init__(self) -> None:
+        self._joinable: dict[Hashable, Flight] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def find(self, key: Hashable) -> Flight | None:
+        """The flight of that key that can be joined."""
+        return self._joinable.get(key)
+
+    def launch(self, key: Hashable, user: str, work: Work) -> Flight:
+        """Begins a flight; others can join it unless one of its key is there already."""
+        flight = Flight(key, user)
+        self._joinable.setdefault(key, flight)
+        task = asyncio.get_running_loop().create_task(
+            self._run(flight, work), context=contextvars.Context()
+        )
+        flight.task = task
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return flight
+
+    @contextlib.contextmanager
+    def follow(self, flight: Flight, *, leads: bool) -> Iterator[Follower]:
+        """Waits for a flight; leaving it as the last one cancels it."""
+        follower = Follower(flight, leads)
+        flight.followers.add(follower)
+        try:
+            yield follower
+        finally:
+            flight.followers.discard(follower)
+            if not flight.followers and not flight.ended and flight.task is not None:
+                self._withdraw(flight)
+                flight.task.cancel()
+
+    async def close(self) -> None:
+        """Cancels all flights and waits for their end."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _run(self, flight: Flight, work: Work) -> None:
+        try:
+            await work(flight)
+        except asyncio.CancelledError:
+            flight.fail(UnavailableError("the service is stopping", reason="STOPPING"))
+            raise
+        except Exception as error:  # noqa: BLE001 - it is the answer of everyone who waits
+            flight.fail(error)
+        finally:
+            self._withdraw(flight)
+
+    def _withdraw(self, flight: Flight) -> None:
+        if self._joinable.get(flight.key) is flight:
+            del self._joinable[flight.key]
+
+
+def _size(piece: Piece) -> int:
+    if isinstance(piece, str):
+        return size_of(piece)
+    return size_of(piece.arguments) + len(piece.name) + len(piece.id)

@@ -1,0 +1,1 @@
+"""The other services of the mesh, as the inference service needs them."""

@@ -1,0 +1,85 @@
+"""What happened, told to Prometheus and to the metrics service."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+
+from agent360.client import Mesh
+from agent360.mesh.inference.answers import Source, Usage
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+
+
+class MeshMeter:
+    """The port ``Meter``; only the metrics service is told of tenants, Prometheus is not."""
+
+    def __init__(self, mesh: Mesh, registry: CollectorRegistry) -> None:
+        self._metrics = mesh.metrics
+        self._answers = Counter(
+            "inference_answers",
+            "Answers given, by model and by where they came from.",
+            ["model", "source"],
+            registry=registry,
+        )
+        self._failures = Counter(
+            "inference_failures",
+            "Requests that got no answer, by model and reason.",
+            ["model", "reason"],
+            registry=registry,
+        )
+        self._tokens = Counter(
+            "inference_tokens",
+            "Tokens that models took in and gave out.",
+            ["model", "backend", "direction"],
+            registry=registry,
+        )
+        self._cost = Counter(
+            "inference_cost_usd", "What models cost, in US dollars.", ["model"], registry=registry
+        )
+        self._latency = Histogram(
+            "inference_latency_seconds",
+            "Time from a request to the end of its answer.",
+            ["model", "source"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._first_token = Histogram(
+            "inference_first_token_seconds",
+            "Time from a request to the first token of its answer.",
+            ["model"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+
+    def answered(
+        self, tenant: str, model: str, source: Source, total_s: float, first_token_s: float | None
+    ) -> None:
+        """See ``Meter.answered``."""
+        self._answers.labels(model, source.value).inc()
+        self._latency.labels(model, source.value).observe(total_s)
+        labels = {"model": model, "source": source.value}
+        metrics = self._metrics
+        metrics.count("inference_answers_total", labels=labels, tenant=tenant)
+        metrics.observe("inference_latency_seconds", total_s, labels, tenant)
+        if first_token_s is not None:
+            self._first_token.labels(model).observe(first_token_s)
+            metrics.observe("inference_first_token_seconds", first_token_s, labels, tenant)
+
+    def failed(self, tenant: str, model: str, reason: str) -> None:
+        """See ``Meter.failed``."""
+        self._failures.labels(model, reason).inc()
+        labels = {"model": model, "reason": reason}
+        self._metrics.count("inference_failures_total", labels=labels, tenant=tenant)
+
+    def consumed(
+        self, tenant: str, model: str, backend: str, usage: Usage, cost_usd: float
+    ) -> None:
+        """See ``Meter.consumed``."""
+        for direction, tokens in (("input", usage.input_tokens), ("output", usage.output_tokens)):
+            if tokens:
+                self._tokens.labels(model, backend, direction).inc(tokens)
+                labels = {"model": model, "direction": direction}
+                self._metrics.count("inference_tokens_total", tokens, labels, tenant)
+        if cost_usd:
+            self._cost.labels(model).inc(cost_usd)
+            self._metrics.count("inference_cost_usd_total", cost_usd, {"model": model}, tenant)

@@ -1,0 +1,54 @@
+"""How many tokens a prompt probably has, where the model's tokenizer is not at hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Final
+
+from agent360.mesh.inference.conversation import ImagePart, Message, Prompt
+
+_BYTES_PER_TOKEN: Final = 4
+_TOKENS_PER_MESSAGE: Final = 4
+_TOKENS_PER_IMAGE: Final = 765
+
+
+def estimate_text(size_bytes: int) -> int:
+    """Tokens of a text of this size: four bytes of UTF-8 each, rounded up.
+
+    English has about four letters to a token; scripts with three bytes to a letter have about one
+    token to one and a third letters. The estimate is meant for limits, not for bills.
+    """
+    return -(-size_bytes // _BYTES_PER_TOKEN)
+
+
+def estimate_prompt(prompt: Prompt) -> int:
+    """Tokens of a conversation with its tools."""
+    total = sum(map(_estimate_message, prompt.messages))
+    for tool in prompt.tools:
+        schema = json.dumps(tool.parameters) if tool.parameters else ""
+        total += estimate_text(len(tool.name) + size_of(tool.description) + len(schema))
+    return total
+
+
+def estimate_inputs(texts: Iterable[str]) -> int:
+    """Tokens of texts to be embedded."""
+    return sum(estimate_text(size_of(text)) for text in texts)
+
+
+def size_of(text: str) -> int:
+    """Size of a text in UTF-8, without encoding it where that can be known."""
+    return len(text) if text.isascii() else len(text.encode())
+
+
+def _estimate_message(message: Message) -> int:
+    size = size_of(message.content)
+    images = 0
+    for part in message.parts:
+        if isinstance(part, ImagePart):
+            images += 1
+        else:
+            size += size_of(part.text)
+    for call in message.tool_calls:
+        size += len(call.name) + size_of(call.arguments)
+    return _TOKENS_PER_MESSAGE + estimate_text(size) + images * _TOKENS_PER_IMAGE

@@ -1,0 +1,115 @@
+"""Domain values as answers of the contract, filled in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from agent360.inference.v1 import inference_pb2 as pb
+from agent360.mesh.inference.answers import Delta, Embeddings, FinishReason, Source, Usage
+from agent360.mesh.inference.fleet import Health, ModelLoad
+from agent360.mesh.inference.routing import Route
+from agent360.mesh.inference.service import Answered, Timing
+from agent360.mesh.inference.settings import CapabilityName, ModelSettings
+from agent360.mesh.runtime.validation import set_duration
+
+_FINISH: Final[Mapping[FinishReason, pb.FinishReason.ValueType]] = {
+    "stop": pb.FINISH_REASON_STOP,
+    "length": pb.FINISH_REASON_LENGTH,
+    "tool_calls": pb.FINISH_REASON_TOOL_CALLS,
+    "content_filter": pb.FINISH_REASON_CONTENT_FILTER,
+}
+_SOURCE: Final[Mapping[Source, pb.AnswerSource.ValueType]] = {
+    Source.MODEL: pb.ANSWER_SOURCE_MODEL,
+    Source.CACHE: pb.ANSWER_SOURCE_CACHE,
+    Source.COALESCED: pb.ANSWER_SOURCE_COALESCED,
+}
+_CAPABILITY: Final[Mapping[CapabilityName, pb.Capability.ValueType]] = {
+    "chat": pb.CAPABILITY_CHAT,
+    "tools": pb.CAPABILITY_TOOLS,
+    "json_schema": pb.CAPABILITY_JSON_SCHEMA,
+    "embeddings": pb.CAPABILITY_EMBEDDINGS,
+    "images": pb.CAPABILITY_IMAGES,
+}
+_TASK_CLASS: Final = {"simple": pb.TASK_CLASS_SIMPLE, "complex": pb.TASK_CLASS_COMPLEX}
+_HEALTH: Final[Mapping[Health, pb.ModelHealth.ValueType]] = {
+    Health.UNKNOWN: pb.MODEL_HEALTH_UNSPECIFIED,
+    Health.READY: pb.MODEL_HEALTH_READY,
+    Health.DEGRADED: pb.MODEL_HEALTH_DEGRADED,
+    Health.UNAVAILABLE: pb.MODEL_HEALTH_UNAVAILABLE,
+}
+
+
+def write_answer(target: pb.GenerateResponse, answered: Answered, *, with_text: bool) -> None:
+    """Fills in an answer; without its text where that was streamed."""
+    answer = answered.answer
+    message = target.message
+    message.role = pb.ROLE_ASSISTANT
+    if with_text:
+        message.content = answer.content
+    for call in answer.tool_calls:
+        added = message.tool_calls.add()
+        added.id, added.name, added.arguments = call.id, call.name, call.arguments
+    target.finish_reason = _FINISH[answer.finish_reason]
+    write_usage(target.usage, answer.usage, answered.cost_usd)
+    target.source = _SOURCE[answered.source]
+    write_routing(target.routing, answered.route, answer.backend)
+    _write_timing(target.timing, answered.timing)
+
+
+def write_delta(target: pb.Delta, delta: Delta) -> None:
+    """Fills in a piece of an answer."""
+    target.content = delta.content
+    for piece in delta.tool_calls:
+        added = target.tool_calls.add()
+        added.index, added.id = piece.place, piece.id
+        added.name, added.arguments = piece.name, piece.arguments
+
+
+def write_embeddings(
+    target: pb.EmbedResponse, found: Embeddings, source: Source, route: Route, cost_usd: float
+) -> None:
+    """Fills in vectors."""
+    for vector in found.vectors:
+        target.embeddings.add().values.extend(vector)
+    write_usage(target.usage, found.usage, cost_usd)
+    target.source = _SOURCE[source]
+    write_routing(target.routing, route, found.backend)
+
+
+def write_usage(target: pb.Usage, usage: Usage, cost_usd: float) -> None:
+    """Fills in what an answer took."""
+    target.input_tokens = usage.input_tokens
+    target.output_tokens = usage.output_tokens
+    target.cached_input_tokens = usage.cached_input_tokens
+    target.estimated = usage.estimated
+    target.cost_usd = cost_usd
+
+
+def write_routing(target: pb.Routing, route: Route, backend: str) -> None:
+    """Fills in who answered and why."""
+    target.model, target.backend, target.rule = route.model.name, backend, route.rule
+
+
+def write_model(target: pb.Model, model: ModelSettings, health: Health, load: ModelLoad) -> None:
+    """Fills in a model of the catalogue."""
+    target.name = model.name
+    target.backends.extend(model.backends)
+    target.capabilities.extend(_CAPABILITY[each] for each in model.capabilities)
+    target.context_tokens = model.context_tokens
+    target.input_usd_per_million = model.input_usd_per_million
+    target.output_usd_per_million = model.output_usd_per_million
+    target.quantization = model.quantization
+    target.health = _HEALTH[health]
+    target.running = load.running
+    target.task_classes.extend(_TASK_CLASS[each] for each in model.task_classes)
+    latency_s = load.latency_p50_s()
+    if latency_s is not None:
+        set_duration(target.latency_p50, latency_s)
+
+
+def _write_timing(target: pb.Timing, timing: Timing) -> None:
+    set_duration(target.queue, timing.queue_s)
+    set_duration(target.total, timing.total_s)
+    if timing.first_token_s is not None:
+        set_duration(target.first_token, timing.first_token_s)
