@@ -20,7 +20,10 @@ class Bounds:
     """What one message and one stream may hold."""
 
     message_items: int = 1_000
-    """Items in one message."""
+    """Items in one message of many calls made at once."""
+    coalesced_items: int = 128
+    """Calls of different tasks in one message: while one message is worked on, the next is on its
+    way; larger messages make the two ends wait for each other (docs/performance.md)."""
     message_bytes: int = 2**20
     """About the bytes of one message; a larger item goes by the unary form."""
     in_flight: int = 10_000
@@ -180,8 +183,9 @@ class Session:
                 pending.popleft()
                 continue
             items = operation.item_count
+            most = bounds.message_items if items > 1 else bounds.coalesced_items
             if count and (
-                count + items > bounds.message_items
+                count + items > most
                 or size + operation.size_bytes > bounds.message_bytes
             ):
                 break

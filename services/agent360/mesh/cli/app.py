@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from agent360.mesh.cli.bench import bench
 from agent360.mesh.runtime.config import ConfigError, describe, load
 from agent360.mesh.runtime.policies.authentication import hash_key
 from agent360.mesh.services import NAMES, service_kind
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 keys = typer.Typer(help="API keys.", no_args_is_help=True)
 app.add_typer(keys, name="keys")
+app.add_typer(bench, name="bench")
 
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="TOML file with a table for each service.")
@@ -48,6 +50,7 @@ def serve(
     assignments: Assignments = None,
 ) -> None:
     """Run one service until SIGTERM."""
+    from agent360.mesh.runtime.memory import tune_garbage_collection
     from agent360.mesh.runtime.server import Server
     from agent360.mesh.runtime.telemetry import configure_logging
 
@@ -67,6 +70,7 @@ def serve(
 
     async def run() -> None:
         await server.start()
+        tune_garbage_collection()
         await server.run_until_signal()
 
     try:

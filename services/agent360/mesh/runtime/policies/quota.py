@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable
 from typing import Final, Literal, Protocol
 
@@ -11,6 +12,12 @@ import structlog
 
 from agent360.client.errors import MeshError, QuotaViolation, RateLimitedError, UnavailableError
 from agent360.mesh.runtime.batch import Group
+
+
+_UNLIMITED_S: Final = 5.0
+"""How long the answer that no limit applies is believed."""
+
+_MAX_UNLIMITED: Final = 10_000
 
 
 class Grant(Protocol):
@@ -86,12 +93,21 @@ class RemoteQuotaPolicy:
         self._timeout_s = timeout_s
         self._log = log
         self._away = False
+        self._unlimited: dict[tuple[str, str], float] = {}
         self.unasked = 0
         """Calls decided without the ratelimit service, because it was away."""
 
     def before(self, group: Group) -> Awaitable[None] | None:
-        """Charges the group, once for all of its items; the mesh's own calls are exempt."""
-        if group.call.principal.service:
+        """Charges the group, once for all of its items.
+
+        The mesh's own calls are exempt; a method without limits is asked about every 5 s.
+        """
+        call = group.call
+        if call.principal.service:
+            return None
+        if self._unlimited and (
+            self._unlimited.get((call.tenant, call.method), 0.0) > time.monotonic()
+        ):
             return None
         return self._ask(group)
 
@@ -123,6 +139,10 @@ class RemoteQuotaPolicy:
         if self._away:
             self._away = False
             self._log.info("the ratelimit service is back", unasked=self.unasked)
+        if grant.allowed and not grant.limit_id:
+            if len(self._unlimited) >= _MAX_UNLIMITED:
+                self._unlimited.clear()
+            self._unlimited[call.tenant, call.method] = time.monotonic() + _UNLIMITED_S
         apply_grant(group, grant)
 
     def _note_away(self, error: Exception, calls: int) -> None:
