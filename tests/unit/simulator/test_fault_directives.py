@@ -1,6 +1,7 @@
 """Faults of the simulator: by marker, by header, by seeded rate."""
 
 import pytest
+
 from agent360.mesh.simulator.faults import Behaviour, DirectiveError, Faults
 from agent360.mesh.simulator.settings import SimulatorSettings
 

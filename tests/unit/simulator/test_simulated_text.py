@@ -3,11 +3,12 @@
 import json
 
 import pytest
+from pydantic import ValidationError
+
 from agent360.mesh.simulator import text
 from agent360.mesh.simulator.faults import Behaviour
 from agent360.mesh.simulator.script import write_script
 from agent360.mesh.simulator.settings import SimulatedModel, SimulatorSettings
-from pydantic import ValidationError
 
 SETTINGS = SimulatorSettings()
 WEATHER = {

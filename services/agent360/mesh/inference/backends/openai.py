@@ -124,6 +124,9 @@ class OpenAIBackend:
                     self.name, response.status, response.headers, said, self._key
                 )
             yield response
+        except MeshError:
+            # Before the others: some errors of the mesh are ConnectionErrors and TimeoutErrors too.
+            raise
         except aiohttp.ConnectionTimeoutError as error:
             raise errors.unreachable(self.name, "no connection in time") from error
         except aiohttp.ServerTimeoutError as error:

@@ -14,6 +14,8 @@ import grpc
 from agent360.client.errors import MeshError, UnavailableError
 
 _MAX_MESSAGE: Final = 500
+_TOO_LONG: Final = frozenset({"context_length_exceeded", "exceed_context_size_error"})
+"""What OpenAI and llama.cpp call a prompt that does not fit."""
 
 _BY_STATUS: Final[Mapping[int, tuple[grpc.StatusCode, str]]] = {
     400: (grpc.StatusCode.INVALID_ARGUMENT, "UPSTREAM_REFUSED"),
@@ -39,8 +41,8 @@ def from_response(
     The server's own words are passed on, cut short and without ``secret``, unless they are about
     this service's credentials: those are nobody else's business.
     """
-    said, upstream_code = _said(body)
-    if upstream_code == "context_length_exceeded" or "exceed_context_size" in said:
+    said, kinds = _said(body)
+    if kinds & _TOO_LONG:
         code, reason = grpc.StatusCode.INVALID_ARGUMENT, "CONTEXT_TOO_LONG"
     elif status in _BY_STATUS:
         code, reason = _BY_STATUS[status]
@@ -135,17 +137,17 @@ def without_secret(text: str, secret: str) -> str:
     return (text.replace(secret, "***") if secret else text)[:_MAX_MESSAGE]
 
 
-def _said(body: bytes) -> tuple[str, str]:
-    """The message and the code in an error's body."""
+def _said(body: bytes) -> tuple[str, set[str]]:
+    """The message, and the code and type, in an error's body."""
     try:
         found = json.loads(body)
     except ValueError:
-        return body[:_MAX_MESSAGE].decode(errors="replace").strip(), ""
+        return body[:_MAX_MESSAGE].decode(errors="replace").strip(), set()
     if not isinstance(found, dict):
-        return str(found), ""
+        return str(found), set()
     error = found.get("error", found)
-    code = error.get("code") or error.get("type") if isinstance(error, dict) else ""
-    return error_text(error), str(code or "")
+    kinds = {str(error.get("code")), str(error.get("type"))} if isinstance(error, dict) else set()
+    return error_text(error), kinds
 
 
 def _positive(value: str | None) -> float | None:
