@@ -112,8 +112,8 @@ class GenerateRequest:
     """Generation ends before any of these."""
     tools: Sequence[Tool] = ()
     """Functions the model may call."""
-    tool_choice: Literal["", "auto", "none", "required"] | str = ""
-    """Whether tools may or must be called; another text names the one tool to call."""
+    tool_choice: str = ""
+    """``auto``, ``none`` or ``required``; another text names the one tool to call."""
     json_schema: Mapping[str, Any] | None = None
     """JSON Schema that the answer must follow."""
     json_object: bool = False
@@ -239,8 +239,6 @@ def read_answer(response: Any, text: str | None = None) -> Answer:
         first_token_s=first.ToNanoseconds() / 1e9 if timing.HasField("first_token") else None,
         total_s=timing.total.ToNanoseconds() / 1e9,
     )
-
-
 
 
 def _fill_message(message: Any, source: Message) -> None:

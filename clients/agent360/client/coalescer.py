@@ -8,7 +8,7 @@ import math
 import random
 from collections import deque
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
 import grpc
@@ -64,7 +64,7 @@ class ConnectOptions:
     """How long calls wait for a service that cannot be reached before they fail at once."""
     max_message_bytes: int = MAX_MESSAGE_BYTES
     """Largest message; must not exceed the servers'."""
-    bounds: Bounds = Bounds()
+    bounds: Bounds = field(default_factory=Bounds)
     """Of messages and streams."""
 
     def metadata(self, tenant: str = "") -> tuple[tuple[str, str], ...]:
@@ -107,6 +107,7 @@ class Coalescer:
         self._resolver: asyncio.Task[None] | None = None
         self._background: set[asyncio.Task[Any]] = set()
         self._resolve_error: OSError | None = None
+        self._looked_up = asyncio.Event()
         self._empty_context = contextvars.Context()
         self._default_facts = Facts(options.tenant, 0, "", "")
         self._closed = False
@@ -130,7 +131,8 @@ class Coalescer:
         Raises:
             MeshError: what the service answered, or DEADLINE_EXCEEDED or UNAVAILABLE.
         """
-        operation.future = future = self._loop.create_future()
+        future: asyncio.Future[T] = self._loop.create_future()
+        operation.future = future
         self.prepare(operation, timeout, tenant)
         if self._in_flight >= self._max_in_flight or self._turns:
             await self._take_turn(operation.deadline)
@@ -336,8 +338,7 @@ class Coalescer:
     async def _resolved(self) -> None:
         if self._resolver is None:
             self._resolver = self._spawn(self._keep_resolved())
-        while not self._lanes and self._resolve_error is None and not self._closed:
-            await asyncio.sleep(0.001)
+        await self._looked_up.wait()
 
     def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = self._loop.create_task(work, context=self._empty_context.copy())
@@ -356,6 +357,7 @@ class Coalescer:
             else:
                 self._resolve_error = None
                 self._adopt(endpoints)
+            self._looked_up.set()
             await asyncio.sleep(_AWAY_RETRY_S if self._resolve_error else RESOLVE_EVERY_S)
 
     def _adopt(self, endpoints: Sequence[Endpoint]) -> None:
@@ -416,7 +418,9 @@ class Coalescer:
 
     def _unreachable(self, lane: Lane | None = None) -> MeshError:
         where = lane.address if lane is not None else ", ".join(self._addresses)
-        cause = lane.last_error.message if lane is not None and lane.last_error else self._resolve_error
+        cause = (
+            lane.last_error.message if lane is not None and lane.last_error else self._resolve_error
+        )
         return UnavailableError(
             f"{self._wire.service} cannot be reached at {where}: {cause}",
             reason="UNREACHABLE",
@@ -504,4 +508,3 @@ class Coalescer:
 
 
 _PRIORITY_NAMES: Final = ("", "low", "normal", "high")
-

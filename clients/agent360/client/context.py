@@ -1,4 +1,4 @@
-"""What a call inherits from the code that makes it: tenant, deadline, priority, trace, request id."""
+"""What a call inherits from the code that makes it: tenant, deadline, priority, trace."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ class CallScope(NamedTuple):
     """Names the call in logs and audit records."""
 
 
-_scope: ContextVar[CallScope] = ContextVar("agent360_call_scope", default=CallScope())
+_NO_SCOPE: Final = CallScope()
+_scope: ContextVar[CallScope] = ContextVar("agent360_call_scope", default=_NO_SCOPE)
 
 _INVALID_SPAN: Final = 0
 

@@ -1,4 +1,4 @@
-"""The one error tree of the mesh, and its form on the wire: a canonical code with google.rpc details."""
+"""The one error tree of the mesh, and its form on the wire: a canonical code with details."""
 
 from __future__ import annotations
 
@@ -95,9 +95,7 @@ class MeshError(Exception):
         if self.violations:
             bad = error_details_pb2.BadRequest()
             for violation in self.violations:
-                bad.field_violations.add(
-                    field=violation.field, description=violation.description
-                )
+                bad.field_violations.add(field=violation.field, description=violation.description)
             status.details.add().Pack(bad)
         if self.quotas:
             failure = error_details_pb2.QuotaFailure()
@@ -235,9 +233,7 @@ def from_rpc_error(error: grpc.RpcError) -> MeshError:
                 return from_status(status_pb2.Status.FromString(value))
             except DecodeError:
                 break
-    return from_status(
-        status_pb2.Status(code=error.code().value[0], message=error.details() or "")
-    )
+    return from_status(status_pb2.Status(code=error.code().value[0], message=error.details() or ""))
 
 
 def _unpack(detail: any_pb2.Any) -> object:
@@ -247,7 +243,7 @@ def _unpack(detail: any_pb2.Any) -> object:
         error_details_pb2.QuotaFailure,
         error_details_pb2.RetryInfo,
     ):
-        if detail.Is(kind.DESCRIPTOR):
+        if detail.Is(kind.DESCRIPTOR):  # type: ignore[arg-type]  # upb's own descriptor class
             message = kind()
             detail.Unpack(message)
             return message

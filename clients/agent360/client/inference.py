@@ -176,7 +176,7 @@ class InferenceClient:
         timeout: float | None = None,
         tenant: str | None = None,
     ) -> AnswerStream:
-        """Generates one answer and streams it; see ``AnswerStream``. Arguments as in ``generate``."""
+        """Generates one answer in pieces; see ``AnswerStream``; arguments as in ``generate``."""
         whole = _request_of(request, model, max_tokens)
         return AnswerStream(self._coalescer, whole, _timeout(timeout), tenant)
 

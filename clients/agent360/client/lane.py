@@ -116,7 +116,7 @@ class Lane:
         await self.channel.close()
 
     def leave(self) -> None:
-        """The address is gone from the service: nothing new is written; what is open is answered."""
+        """The address is gone: nothing new is written; what is open is answered."""
         self._give_back(self, self._take_pending())
         for session in self._sessions():
             session.close()

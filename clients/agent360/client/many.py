@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
+from itertools import chain, islice
 from typing import Any, Generic, TypeVar
 
 from agent360.client.coalescer import Coalescer
 from agent360.client.errors import MeshError
-from agent360.client.operation import ManyOperation
+from agent360.client.operation import ManyOperation, Sink
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -57,23 +56,23 @@ class Results(Generic[T]):
         """
         self._coalescer = coalescer
         self._field = field
-        self._requests: Iterator[tuple[int, R]] = enumerate(requests)
+        self._requests: Iterator[Any] = iter(requests)
         self._fill = fill
         self._read = read
         self._size = size
         self._repeatable = repeatable
         self._timeout = timeout
         self._tenant = tenant
-        self._ready: deque[tuple[int, T | MeshError]] = deque()
+        self._sink: Sink[T] = Sink()
+        self._sent = 0
         self._outstanding = 0
-        self._operations: list[ManyOperation[R, T]] = []
-        self._held: tuple[int, R] | None = None
+        self._operations: list[ManyOperation[Any, T]] = []
+        self._held: list[Any] = []
         self._exhausted = False
-        self._waiter: asyncio.Future[None] | None = None
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, T | MeshError]]:
         """Yields each result with the index of its request, in the order they arrive."""
-        ready = self._ready
+        ready = self._sink.ready
         try:
             while True:
                 await self._send_more()
@@ -83,7 +82,7 @@ class Results(Generic[T]):
                         yield ready.popleft()
                     self._answered(taken)
                 if self._outstanding:
-                    await self._wait()
+                    await self._sink.wait()
                 elif self._exhausted:
                     return
         finally:
@@ -95,17 +94,18 @@ class Results(Generic[T]):
 
     async def _gather(self) -> list[T | MeshError]:
         found: dict[int, T | MeshError] = {}
+        ready = self._sink.ready
         try:
             while True:
                 await self._send_more()
-                while self._ready:
-                    taken = len(self._ready)
-                    found.update(self._ready)
-                    self._ready.clear()
+                while ready:
+                    taken = len(ready)
+                    found.update(ready)
+                    ready.clear()
                     self._answered(taken)
                     await self._send_more()
                 if self._outstanding:
-                    await self._wait()
+                    await self._sink.wait()
                 elif self._exhausted:
                     break
         finally:
@@ -122,59 +122,48 @@ class Results(Generic[T]):
                 return
             operation = ManyOperation(
                 self._field,
+                self._sent,
                 chunk,
                 fill=self._fill,
                 read=self._read,
-                sink=self._take,
+                sink=self._sink,
                 repeatable=self._repeatable,
                 size_bytes=size,
             )
             self._coalescer.prepare(operation, self._timeout, self._tenant)
             await self._coalescer.take_turn(operation.deadline)
+            self._sent += len(chunk)
             self._outstanding += len(chunk)
             self._coalescer.note_in_flight(len(chunk))
             self._operations = [each for each in self._operations if not each.ended]
             self._operations.append(operation)
             self._coalescer.dispatch(operation)
 
-    def _next_chunk(self) -> tuple[list[tuple[int, R]], int]:
+    def _next_chunk(self) -> tuple[list[Any], int]:
+        """The requests of the next message and about their bytes."""
         bounds = self._coalescer.bounds
-        chunk: list[tuple[int, R]] = []
+        if self._size is None:
+            small = list(islice(self._requests, bounds.message_items))
+            self._exhausted = len(small) < bounds.message_items
+            return small, _ITEM_OVERHEAD_BYTES * len(small)
+        chunk: list[Any] = []
         total = 0
-        if self._held is not None:
-            chunk.append(self._held)
-            total = self._size_of(self._held[1])
-            self._held = None
-        for numbered in self._requests:
-            size = self._size_of(numbered[1])
+        for request in chain(self._held, self._requests):
+            size = _ITEM_OVERHEAD_BYTES + self._size(request)
             if chunk and total + size > bounds.message_bytes:
-                self._held = numbered
+                self._held = [request]
                 return chunk, total
-            chunk.append(numbered)
+            chunk.append(request)
             total += size
             if len(chunk) == bounds.message_items:
+                self._held = []
                 return chunk, total
         self._exhausted = True
         return chunk, total
 
-    def _size_of(self, request: R) -> int:
-        return _ITEM_OVERHEAD_BYTES + (self._size(request) if self._size is not None else 0)
-
-    def _take(self, numbered: tuple[int, T | MeshError]) -> None:
-        self._ready.append(numbered)
-        waiter = self._waiter
-        if waiter is not None:
-            self._waiter = None
-            if not waiter.done():
-                waiter.set_result(None)
-
     def _answered(self, count: int) -> None:
         self._outstanding -= count
         self._coalescer.note_in_flight(-count)
-
-    async def _wait(self) -> None:
-        self._waiter = asyncio.get_running_loop().create_future()
-        await self._waiter
 
     def _withdraw(self) -> None:
         """Tells the service that the rest is not wanted, if any is left."""

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Final, Self
 
+from agent360.client.reporter import Reporter
+
 from agent360.client import audit, cache, inference, metrics, ratelimit
 from agent360.client.addresses import parse_addresses
 from agent360.client.channel import MAX_MESSAGE_BYTES, Tls
 from agent360.client.coalescer import Coalescer, ConnectOptions, Wire
-from agent360.client.reporter import Reporter
 from agent360.client.session import Bounds
 
 DEFAULT_ADDRESSES: Final = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -32,10 +33,12 @@ class Operation(Protocol):
     """Tenant and the like."""
     deadline: float
     """On the event loop's clock."""
-    repeatable: bool
-    """Whether sending it again after a broken stream is harmless."""
     size_bytes: int
     """About what it takes in a message."""
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether sending it again after a broken stream is harmless."""
 
     @property
     def ended(self) -> bool:
@@ -118,15 +121,22 @@ class SingleOperation(Generic[T]):
 
 
 class ManyOperation(Generic[R, T]):
-    """Up to one message full of calls of the same method, answered into a sink."""
+    """Up to one message full of calls of the same method, answered into a queue.
+
+    Invariant: ``_pending`` holds the positions of the requests as last written, in the order of
+    their ids; ``_answered`` marks those that have their result.
+    """
 
     __slots__ = (
+        "_answered",
         "_fill",
-        "_index_by_id",
+        "_first_id",
+        "_first_index",
+        "_left",
+        "_pending",
         "_read",
         "_requests",
         "_sink",
-        "_unanswered",
         "deadline",
         "facts",
         "field",
@@ -137,11 +147,12 @@ class ManyOperation(Generic[R, T]):
     def __init__(
         self,
         field: str,
-        requests: Sequence[tuple[int, R]],
+        first_index: int,
+        requests: Sequence[R],
         *,
         fill: Callable[[Any, R], None],
         read: Callable[[Any], T],
-        sink: Callable[[tuple[int, T | MeshError]], None],
+        sink: Sink[T],
         repeatable: bool,
         size_bytes: int,
     ) -> None:
@@ -149,10 +160,11 @@ class ManyOperation(Generic[R, T]):
 
         Args:
             field: field of the operation in PipelineItem and of the outcome in PipelineResult.
-            requests: index and request of each call.
+            first_index: index of the first request; the others follow.
+            requests: one for each call.
             fill: fills a request message in place.
             read: turns a response message into a result.
-            sink: takes an index with its result or error, as they come.
+            sink: takes indexes with their results or errors, as they come.
             repeatable: whether sending calls again is harmless.
             size_bytes: about what all take in a message.
         """
@@ -161,59 +173,99 @@ class ManyOperation(Generic[R, T]):
         self.deadline: float
         self.repeatable = repeatable
         self.size_bytes = size_bytes
+        self._first_index = first_index
         self._requests = requests
         self._fill = fill
         self._read = read
         self._sink = sink
-        self._unanswered: dict[int, R] = dict(requests)
-        self._index_by_id: dict[int, int] = {}
+        self._answered = bytearray(len(requests))
+        self._left = len(requests)
+        self._pending: Sequence[int] = range(len(requests))
+        self._first_id = 0
 
     @property
     def ended(self) -> bool:
         """See ``Operation.ended``."""
-        return not self._unanswered
+        return not self._left
 
     @property
     def item_count(self) -> int:
         """See ``Operation.item_count``."""
-        return len(self._unanswered)
+        return self._left
 
     def write(self, add: Callable[[], Any], first_id: int, ids: list[int]) -> None:
         """See ``Operation.write``."""
-        field, fill = self.field, self._fill
-        new_ids = range(first_id, first_id + len(self._unanswered))
-        for item_id, request in zip(new_ids, self._unanswered.values(), strict=True):
+        field, fill, requests = self.field, self._fill, self._requests
+        if self._left < len(self._pending):
+            answered = self._answered
+            self._pending = [position for position in self._pending if not answered[position]]
+        self._first_id = item_id = first_id
+        for position in self._pending:
             item = add()
             item.id = item_id
+            item_id += 1
             message = getattr(item, field)
             message.SetInParent()
-            fill(message, request)
-        ids.extend(new_ids)
-        self._index_by_id = dict(zip(new_ids, self._unanswered, strict=True))
+            fill(message, requests[position])
+        ids.extend(range(first_id, item_id))
 
     def answered(self, result: Any) -> bool:
         """See ``Operation.answered``."""
-        index = self._index_by_id.pop(result.id, None)
-        if index is None:
-            return False
-        del self._unanswered[index]
-        if result.HasField("error"):
-            self._sink((index, from_status(result.error)))
-        else:
-            self._sink((index, self._read(getattr(result, self.field))))
+        position = self._pending[result.id - self._first_id]
+        if self._left and not self._answered[position]:
+            self._answered[position] = 1
+            self._left -= 1
+            if result.HasField("error"):
+                value: T | MeshError = from_status(result.error)
+            else:
+                value = self._read(getattr(result, self.field))
+            sink = self._sink
+            sink.ready.append((self._first_index + position, value))
+            if sink.waiter is not None:
+                sink.wake()
         return False
 
     def fail(self, error: MeshError) -> None:
         """See ``Operation.fail``."""
-        for index in self._unanswered:
-            self._sink((index, error))
-        self._unanswered.clear()
-        self._index_by_id.clear()
+        for position, answered in enumerate(self._answered):
+            if not answered:
+                self._sink.ready.append((self._first_index + position, error))
+        self._left = 0
+        self._sink.wake()
 
     def withdraw(self) -> None:
         """Nobody waits for the rest any more."""
-        self._unanswered.clear()
+        self._left = 0
 
     def ids(self) -> Sequence[int]:
         """See ``Operation.ids``."""
-        return tuple(self._index_by_id)
+        first, answered = self._first_id, self._answered
+        return [
+            first + offset
+            for offset, position in enumerate(self._pending)
+            if first and not answered[position]
+        ]
+
+
+class Sink(Generic[T]):
+    """Where results of many calls wait for their reader."""
+
+    __slots__ = ("ready", "waiter")
+
+    def __init__(self) -> None:
+        self.ready: deque[tuple[int, T | MeshError]] = deque()
+        """Indexes with their results or errors, as they came."""
+        self.waiter: asyncio.Future[None] | None = None
+        """Set while the reader waits."""
+
+    def wake(self) -> None:
+        """Tells the reader that there is something."""
+        waiter, self.waiter = self.waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    async def wait(self) -> None:
+        """Waits until there is something."""
+        if not self.ready:
+            self.waiter = asyncio.get_running_loop().create_future()
+            await self.waiter

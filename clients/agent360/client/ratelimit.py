@@ -288,7 +288,7 @@ class _Reserve(SingleOperation[Reservation]):
             request.ttl.FromNanoseconds(round(self.ttl * 1e9))
 
     def read(self, response: Any) -> Reservation:
-        return Reservation(_read_decision(response.decision), response.reservation_id)
+        return Reservation(_read_check(response), response.reservation_id)
 
 
 class _Settle(SingleOperation[Settlement]):
@@ -332,7 +332,7 @@ class _Acquire(SingleOperation[Slot]):
 
     def read(self, response: Any) -> Slot:
         return Slot(
-            _read_decision(response.decision),
+            _read_check(response),
             response.slot_id,
             response.ttl.seconds + response.ttl.nanos * 1e-9,
         )
@@ -385,22 +385,27 @@ def _fill_check(message: Any, request: CheckRequest) -> None:
 
 
 def _read_check(response: Any) -> Decision:
-    return _read_decision(response.decision)
-
-
-def _read_decision(message: Any) -> Decision:
+    message = response.decision
     reset = message.reset_after
+    allowed = message.allowed
     retry_after_s = None
-    if not message.allowed and message.HasField("retry_after"):
+    if not allowed and message.HasField("retry_after"):
         retry = message.retry_after
         retry_after_s = retry.seconds + retry.nanos * 1e-9
-    return Decision(
-        message.allowed,
-        message.granted,
-        message.remaining,
-        message.limit,
-        reset.seconds + reset.nanos * 1e-9,
-        retry_after_s,
-        message.limit_id,
-        message.degraded,
+    return _new_tuple(
+        Decision,
+        (
+            allowed,
+            message.granted,
+            message.remaining,
+            message.limit,
+            reset.seconds + reset.nanos * 1e-9,
+            retry_after_s,
+            message.limit_id,
+            message.degraded,
+        ),
     )
+
+
+_new_tuple = tuple.__new__
+"""A NamedTuple's own constructor takes twice as long."""

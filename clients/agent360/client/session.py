@@ -124,14 +124,13 @@ class Session:
                 if self._closing and not still_open:
                     self._wake.set()
                 self._on_answer()
-            return None
         except grpc.RpcError as error:
             return from_rpc_error(error)
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
-            return None
+        return None
 
     # ---------------------------------------------------------------- writing
 
@@ -185,8 +184,7 @@ class Session:
             items = operation.item_count
             most = bounds.message_items if items > 1 else bounds.coalesced_items
             if count and (
-                count + items > most
-                or size + operation.size_bytes > bounds.message_bytes
+                count + items > most or size + operation.size_bytes > bounds.message_bytes
             ):
                 break
             pending.popleft()
@@ -243,4 +241,3 @@ def write_context(context: Any, facts: Facts, timeout_s: float) -> None:
         timeout = context.timeout
         timeout.seconds = whole
         timeout.nanos = int((timeout_s - whole) * 1e9)
-

@@ -1,4 +1,4 @@
-"""The four services of Agent360 Mesh, and ``embedded()``, which runs them in the caller's process."""
+"""The services of Agent360 Mesh; ``embedded()`` runs all four in the caller's process."""
 
 from agent360.mesh.embedded import embedded
 

@@ -1,4 +1,4 @@
-"""The four services inside the caller's process, for tests and notebooks of those who use the mesh."""
+"""The four services inside the caller's process, for the tests and notebooks of its users."""
 
 from __future__ import annotations
 
@@ -49,8 +49,14 @@ async def embedded(
             await server.start()
             servers[name] = server
             addresses[name] = server.address
-        locations = {name: server.address for name, server in servers.items()}
-        async with Mesh.connect(tenant=tenant, **locations) as mesh:
+        async with Mesh.connect(
+            inference=servers["inference"].address,
+            cache=servers["cache"].address,
+            ratelimit=servers["ratelimit"].address,
+            metrics=servers["metrics"].address,
+            tenant=tenant,
+            api_key="",
+        ) as mesh:
             yield mesh
     finally:
         await asyncio.gather(*(server.stop() for server in reversed(servers.values())))

@@ -232,9 +232,7 @@ async def _run_tasks(
     series.latencies_s += latencies
 
 
-async def _run_many(
-    many: Callable[[int], Awaitable[None]], seconds: float, series: Series
-) -> None:
+async def _run_many(many: Callable[[int], Awaitable[None]], seconds: float, series: Series) -> None:
     done, count = 0, 20 * MESSAGE_ITEMS
     started = time.perf_counter()
     while time.perf_counter() - started < seconds:

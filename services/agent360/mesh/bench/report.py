@@ -29,7 +29,9 @@ def print_results(found: dict[str, Results], flat: dict[str, float], console: Co
             table.add_column(column, justify="left" if not column else "right")
         for tasks in TASKS:
             for kind in ("bare_unary", "unary", "coalesced"):
-                ratio = results[kind, tasks].median_per_s / results["bare_unary", tasks].median_per_s
+                ratio = (
+                    results[kind, tasks].median_per_s / results["bare_unary", tasks].median_per_s
+                )
                 _add_row(table, results, kind, tasks, f"{ratio:.2f} x (a)")
             table.add_section()
         _add_row(table, results, "bare_many", MESSAGE_ITEMS, "", tasks="-")

@@ -49,6 +49,11 @@ class Group:
         self.refused.append((self.items[count:], error))
         self.items = self.items[:count]
 
+    def raise_if_refused(self) -> None:
+        """Raises the error that an item was refused with; for a group of one."""
+        for _, error in self.refused:
+            raise error
+
     def scope(self) -> CallScope:
         """What calls made while the group is handled inherit."""
         call = self.call

@@ -105,7 +105,9 @@ def _read_toml(config: Path) -> dict[str, Any]:
     known = {COMMON, "inference", "cache", "ratelimit", "metrics"}
     unknown = sorted(set(tables) - known)
     if unknown:
-        raise ConfigError(f"{config}: unknown table [{unknown[0]}]; known: {', '.join(sorted(known))}")
+        raise ConfigError(
+            f"{config}: unknown table [{unknown[0]}]; known: {', '.join(sorted(known))}"
+        )
     return tables
 
 

@@ -64,7 +64,7 @@ class HandlerFactory:
         name = method.name
         request_class = GetMessageClass(method.input_type)
         response_class = GetMessageClass(method.output_type)
-        serializers = {
+        serializers: dict[str, Any] = {
             "request_deserializer": request_class.FromString,
             "response_serializer": response_class.SerializeToString,
         }
@@ -89,12 +89,11 @@ class HandlerFactory:
     def _pipeline(
         self, definition: ServiceDefinition, method: MethodDescriptor
     ) -> Callable[[Any, Any], Awaitable[None]]:
-        result = method.output_type.fields_by_name["results"].message_type
+        item: Any = method.input_type.fields_by_name["items"].message_type
+        result: Any = method.output_type.fields_by_name["results"].message_type
         service = definition.descriptor
         operations = {}
-        for operation in method.input_type.fields_by_name["items"].message_type.oneofs_by_name[
-            "operation"
-        ].fields:
+        for operation in item.oneofs_by_name["operation"].fields:
             rpc = camel_case(operation.name)
             operations[operation.name] = Operation(
                 operation.name,

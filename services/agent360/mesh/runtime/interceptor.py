@@ -38,7 +38,7 @@ class Compression:
     """Smaller ones are not."""
 
 
-class PolicyInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc is untyped here
+class PolicyInterceptor(grpc.aio.ServerInterceptor):
     """Authenticates RPCs and runs the policies for all four arities.
 
     A unary request is one call. A stream that lives as long as its caller wants (Pipeline, Watch,
@@ -189,8 +189,7 @@ class PolicyInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # gr
             pending = self._policies.begin(group)
             if pending is not None:
                 await pending
-            if group.refused:
-                raise group.refused[0][1]
+            group.raise_if_refused()
         except BaseException as error:
             await self._fail(group, context, error)
             raise
@@ -239,5 +238,3 @@ def _call(method: str, metadata: dict[str, Any], principal: Principal, context: 
 
 
 _PRIORITY_BY_NAME: Final = {priority.name.lower(): priority for priority in PRIORITIES}
-
-

@@ -27,7 +27,7 @@ def page_size(requested: int) -> int:
 
 
 def encode_page_token(tenant: str, query: bytes, position: Any) -> str:
-    """A token that continues ``query`` of ``tenant`` after ``position`` (anything JSON can hold)."""
+    """A token that continues ``query`` of ``tenant`` after ``position``, a JSON value."""
     body = json.dumps([_fingerprint(tenant, query), position], separators=(",", ":"))
     return base64.urlsafe_b64encode(body.encode()).decode().rstrip("=")
 
@@ -82,7 +82,8 @@ def apply_read_mask(message: M, mask: FieldMask, present: bool) -> M:
 
 
 def _has_path(message: Message, path: str) -> bool:
-    return FieldMask(paths=[path]).IsValidForDescriptor(message.DESCRIPTOR)
+    mask = FieldMask(paths=[path])
+    return bool(mask.IsValidForDescriptor(message.DESCRIPTOR))  # type: ignore[arg-type]  # upb's own
 
 
 def _fingerprint(tenant: str, query: bytes) -> str:

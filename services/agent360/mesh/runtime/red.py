@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 
 _BOUNDS_S: Final = (
-    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0,
+    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0,
 )  # fmt: skip
 
 
@@ -61,7 +61,7 @@ class RedTable:
         fresh[rounded] = fresh.get(rounded, 0) + count
 
     def drain(self) -> dict[RedKey, dict[float, int]]:
-        """Counts by rounded duration in seconds since the last drain, by what they are counted by."""
+        """What was counted since the last drain: counts by duration in seconds, rounded."""
         fresh, self._fresh = self._fresh, {}
         return fresh
 
@@ -108,4 +108,6 @@ def _labels(method: str, streamed: bool) -> list[str]:
 
 
 def _code_name(code: grpc.StatusCode) -> str:
-    return "".join(part.capitalize() for part in code.name.split("_")) if code.name != "OK" else "OK"
+    return (
+        "".join(part.capitalize() for part in code.name.split("_")) if code.name != "OK" else "OK"
+    )

@@ -7,7 +7,7 @@ import ipaddress
 import os
 import signal
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, Protocol, runtime_checkable
 
 import grpc
 import structlog
@@ -25,13 +25,30 @@ from agent360.mesh.runtime.policies import Policies, Policy
 from agent360.mesh.runtime.policies.access import AccessPolicy
 from agent360.mesh.runtime.policies.authentication import AuthenticationPolicy, Authenticator
 from agent360.mesh.runtime.policies.deadline import DeadlinePolicy
-from agent360.mesh.runtime.policies.quota import LocalQuotaPolicy, RemoteQuotaPolicy
+from agent360.mesh.runtime.policies.quota import LocalLimiter, LocalQuotaPolicy, RemoteQuotaPolicy
 from agent360.mesh.runtime.policies.shedding import SheddingPolicy
 from agent360.mesh.runtime.policies.tracing import TracingPolicy
 from agent360.mesh.runtime.red import RedTable
 from agent360.mesh.runtime.service import ServiceContext, Servicer
 from agent360.mesh.runtime.settings import ServerSettings
-from agent360.mesh.runtime.telemetry import SelfReport, Tracing
+from agent360.mesh.runtime.telemetry import Measurements, SelfReport, Tracing
+
+
+@runtime_checkable
+class LimitsItself(Protocol):
+    """A servicer that decides its own quota: the ratelimit service."""
+
+    limiter: LocalLimiter
+    """Its own domain."""
+
+
+@runtime_checkable
+class MeasuresItself(Protocol):
+    """A servicer that takes its own measurements: the metrics service."""
+
+    measurements: Measurements
+    """Its own intake."""
+
 
 ServicerFactory = Callable[[Any, ServiceContext], Servicer]
 """Makes a servicer from its settings: the servicer's class."""
@@ -70,11 +87,11 @@ class Server:
             collector(registry=self.registry)
         self._factory = factory
         self._given_mesh = mesh
-        self._health = health.aio.HealthServicer()
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # not in __all__
         self._admin = AdminServer(self.registry, lambda: self.ready)
         self._tracing = Tracing(settings.tracing, settings.service)
         self._red = RedTable()
-        self.registry.register(self._red)  # type: ignore[arg-type]  # a collector by its method
+        self.registry.register(self._red)
         self.ready = False
         """Whether calls are served."""
         self.port = 0
@@ -109,7 +126,11 @@ class Server:
         self.port = self._bind(f"{settings.host}:{self._wanted(settings.port, 0)}")
         await self._grpc.start()
         await self._servicer.start()
-        measurements = getattr(self._servicer, "measurements", None) or self._mesh.metrics
+        measurements: Measurements = (
+            self._servicer.measurements
+            if isinstance(self._servicer, MeasuresItself)
+            else self._mesh.metrics
+        )
         self._report = SelfReport(self._red, measurements, settings.service)
         self._tasks.append(asyncio.create_task(self._report.run()))
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
@@ -166,9 +187,8 @@ class Server:
             DeadlinePolicy(settings.deadline),
             SheddingPolicy(settings.shedding),
         ]
-        limiter = getattr(self._servicer, "limiter", None)
-        if limiter is not None:
-            policies.append(LocalQuotaPolicy(limiter))
+        if isinstance(self._servicer, LimitsItself):
+            policies.append(LocalQuotaPolicy(self._servicer.limiter))
         elif settings.quota.enabled:
             policies.append(
                 RemoteQuotaPolicy(
@@ -196,9 +216,7 @@ class Server:
                     ),
                     policies,
                     long_lived=frozenset(lasting),
-                    compression=Compression(
-                        grpc.Compression.Gzip, settings.compression_min_bytes
-                    )
+                    compression=Compression(grpc.Compression.Gzip, settings.compression_min_bytes)
                     if compressed
                     else None,
                     log=self.log,

@@ -28,7 +28,7 @@ class SingleEmit:
         self._error: BaseException | None = None
         self._work: Coroutine[Any, Any, None] | None = None
 
-    def reply(self, item: Item, size_bytes: int = 0) -> Any:  # noqa: ARG002
+    def reply(self, item: Item, size_bytes: int = 0) -> Any:
         """See ``Emit.reply``."""
         response = self._response_class()
         if item.open:
@@ -46,7 +46,7 @@ class SingleEmit:
         """Never called: a unary RPC has no pieces."""
         raise TypeError("a unary RPC is answered by reply() alone")
 
-    def start(self, item: Item, work: Coroutine[Any, Any, None]) -> None:  # noqa: ARG002
+    def start(self, item: Item, work: Coroutine[Any, Any, None]) -> None:
         """See ``Emit.start``; the RPC's own task does the work after the handler has returned."""
         self._work = work
 
@@ -82,7 +82,7 @@ class StreamingEmit(SingleEmit):
         super().__init__(response_class)
         self._queue: asyncio.Queue[Any] = asyncio.Queue(_CHUNKS_AHEAD)
 
-    async def chunk(self, item: Item, size_bytes: int = 0) -> Any:  # noqa: ARG002
+    async def chunk(self, item: Item, size_bytes: int = 0) -> Any:
         """See ``Emit.chunk``."""
         response = self._response_class()
         if item.open:

@@ -26,10 +26,15 @@ MESH_TENANT: Final = "agent360-mesh"
 
 
 class Measurements(Protocol):
-    """Where measurements go: the client's ``MetricsClient``, or the metrics service's own intake."""
+    """Where measurements go: the client's metrics, or the metrics service's own intake."""
 
     def count(
-        self, name: str, value: float = 1.0, labels: dict[str, str] | None = None, *, tenant: str = ""
+        self,
+        name: str,
+        value: float = 1.0,
+        labels: dict[str, str] | None = None,
+        *,
+        tenant: str = "",
     ) -> None:
         """Adds to a counter."""
 
@@ -48,9 +53,7 @@ class Measurements(Protocol):
 
 def configure_logging(settings: LogSettings) -> None:
     """Sets up the process's logs: one JSON object a line, or colours where a person looks on."""
-    console = settings.format == "console" or (
-        settings.format == "auto" and sys.stderr.isatty()
-    )
+    console = settings.format == "console" or (settings.format == "auto" and sys.stderr.isatty())
     renderer: Any = (
         structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer()
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-
 from typing import Final
 
 import grpc
@@ -113,8 +112,6 @@ _MAX_PROVEN: Final = 10_000
 def hash_key(key: str) -> str:
     """SHA-256 of an API key in hexadecimal, as the configuration holds it."""
     return hashlib.sha256(key.encode()).hexdigest()
-
-
 
 
 def _principal(key: ApiKey) -> Principal:

@@ -13,7 +13,6 @@ import structlog
 from agent360.client.errors import MeshError, QuotaViolation, RateLimitedError, UnavailableError
 from agent360.mesh.runtime.batch import Group
 
-
 _UNLIMITED_S: Final = 5.0
 """How long the answer that no limit applies is believed."""
 
@@ -24,13 +23,13 @@ class Grant(Protocol):
     """The part of a rate limit decision that the policy reads."""
 
     @property
-    def allowed(self) -> bool: ...  # noqa: D102
+    def allowed(self) -> bool: ...
     @property
-    def granted(self) -> int: ...  # noqa: D102
+    def granted(self) -> int: ...
     @property
-    def retry_after_s(self) -> float | None: ...  # noqa: D102
+    def retry_after_s(self) -> float | None: ...
     @property
-    def limit_id(self) -> str: ...  # noqa: D102
+    def limit_id(self) -> str: ...
 
 
 class LocalLimiter(Protocol):
@@ -149,9 +148,7 @@ class RemoteQuotaPolicy:
         self.unasked += calls
         if not self._away:
             self._away = True
-            self._log.warning(
-                "the ratelimit service is away", served=self._open, error=str(error)
-            )
+            self._log.warning("the ratelimit service is away", served=self._open, error=str(error))
 
 
 _AWAY: Final = {

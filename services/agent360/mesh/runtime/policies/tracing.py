@@ -83,7 +83,10 @@ def parse_traceparent(text: str) -> SpanContext | None:
     try:
         version, trace_id, span_id, flags = text[:_TRACEPARENT_LENGTH].split("-")
         context = SpanContext(
-            int(trace_id, 16), int(span_id, 16), is_remote=True, trace_flags=TraceFlags(int(flags, 16))
+            int(trace_id, 16),
+            int(span_id, 16),
+            is_remote=True,
+            trace_flags=TraceFlags(int(flags, 16)),
         )
     except ValueError:
         return None
