@@ -114,6 +114,11 @@ def test_discovered_models_replace_each_other():
     assert [model.name for model in catalogue.usable("t")] == ["llama"]
 
 
+def test_a_service_that_knows_no_models_yet_says_that_instead_of_denying_them():
+    error = refusal(router(), replace(ASK, model="small"))
+    assert (error.code, error.reason) == (grpc.StatusCode.UNAVAILABLE, "NO_MODELS")
+
+
 @pytest.mark.parametrize(
     ("settings", "match"),
     [

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import grpc
 
-from agent360.client.errors import MeshError
+from agent360.client.errors import MeshError, UnavailableError
 from agent360.mesh.inference.answers import Usage
 from agent360.mesh.inference.settings import CapabilityName, ModelSettings
 
@@ -23,8 +23,13 @@ class Catalogue:
         """The model of that name.
 
         Raises:
-            MeshError: NOT_FOUND, if there is none that the tenant may use.
+            MeshError: NOT_FOUND, if there is none that the tenant may use; UNAVAILABLE, if there
+                are no models at all.
         """
+        if not self._models:
+            raise UnavailableError(
+                "there are no models: no backend has listed any yet", reason="NO_MODELS"
+            )
         model = self._models.get(name)
         if model is None or not _may_use(model, tenant):
             raise self._unknown(name, tenant)
@@ -47,7 +52,7 @@ class Catalogue:
             name: ModelSettings(
                 name=name, backends=tuple(found), capabilities=_capabilities_by_name(name)
             )
-            for name, found in sorted(backends.items())
+            for name, found in backends.items()
             if name and name != "auto"
         }
 

@@ -121,7 +121,7 @@ class Follower:
             if self._taken < len(flight.pieces):
                 return True
             if flight.error is not None:
-                raise flight.error
+                raise flight.error.with_traceback(None)
             if flight.answer is not None:
                 return False
             await self._woken()
@@ -143,7 +143,7 @@ class Follower:
         flight = self.flight
         while flight.answer is None:
             if flight.error is not None:
-                raise flight.error
+                raise flight.error.with_traceback(None)
             await self._woken()
         return flight.answer
 

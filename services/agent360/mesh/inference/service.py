@@ -173,6 +173,8 @@ class GenerationService:
             route = self._router.choose(prompt, call.tenant)
             model = route.model.name
             call.facts["model"], call.facts["rule"] = model, route.rule
+            if route.because:
+                call.facts["because"] = route.because
             prompt = _bounded(prompt, route.model)
             await self._quota.admit(call.tenant, model, prompt.user)
             key = fingerprint.of_prompt(prompt, model)

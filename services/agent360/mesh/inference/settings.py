@@ -128,7 +128,7 @@ class InferenceSettings(ServerSettings):
     deadline: DeadlineSettings = DeadlineSettings(default_s=120.0)
     """How long a call may take."""
     backends: tuple[BackendSettings, ...] = (BackendSettings(),)
-    """The model servers."""
+    """The model servers; with none the service starts, and has no models."""
     models: tuple[ModelSettings, ...] = ()
     """The catalogue; empty: every model that the backends list, under its own name."""
     auto: AutoSettings = AutoSettings()

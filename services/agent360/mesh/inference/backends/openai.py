@@ -26,6 +26,9 @@ _JSON_OVERHEAD: Final = 4
 _LINGER_S: Final = 0.1
 _TRIES_ON_A_DEAD_CONNECTION: Final = 2
 
+_decode: Final = json.JSONDecoder().decode
+"""Reads a text; ``json.loads`` would first guess the encoding of bytes, for every token."""
+
 
 class OpenAIBackend:
     """A model server behind ``/chat/completions``, ``/embeddings`` and ``/models``.
@@ -247,7 +250,7 @@ class _StreamState:
             self.done = True
             return
         try:
-            chunk = json.loads(event)
+            chunk = _decode(event.decode())
             if chunk.get("error"):
                 raise errors.broke(self._backend, errors.error_text(chunk["error"]), self._secret)
             if chunk.get("usage"):
