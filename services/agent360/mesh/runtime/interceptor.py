@@ -24,6 +24,8 @@ from agent360.mesh.runtime.policies.authentication import Authenticator
 from agent360.mesh.runtime.single import current_group
 
 _PREFIX: Final = "/agent360."
+_CHANNELZ: Final = "/grpc.channelz."
+_LOCAL_PEERS: Final = ("ipv4:127.", "ipv6:%5B::1%5D:", "ipv6:[::1]:", "unix:")
 _OK: Final = grpc.StatusCode.OK
 _MAX_TIME_REMAINING_S: Final = 10 * 365 * 86_400.0
 
@@ -71,10 +73,37 @@ class PolicyInterceptor(grpc.aio.ServerInterceptor):
         wrapped = self._wrapped.get(method)
         if wrapped is None:
             handler = await continuation(handler_call_details)
-            if handler is None or not method.startswith(_PREFIX):
-                return handler
-            wrapped = self._wrapped[method] = self._wrap(method, handler)
+            if handler is None:
+                return None
+            if method.startswith(_PREFIX):
+                wrapped = self._wrap(method, handler)
+            elif method.startswith(_CHANNELZ):
+                wrapped = self._for_operators(method, handler)
+            else:
+                wrapped = handler
+            self._wrapped[method] = wrapped
         return wrapped
+
+    def _for_operators(self, method: str, handler: Any) -> Any:
+        """Channelz shows every connection: to callers on this machine, and to admins."""
+
+        async def behave(request: Any, context: Any) -> Any:
+            if not context.peer().startswith(_LOCAL_PEERS):
+                call = await self._identify(method, context)
+                if not call.principal.admin:
+                    await abort(
+                        context,
+                        MeshError(
+                            grpc.StatusCode.PERMISSION_DENIED,
+                            "ADMIN_ONLY",
+                            "channelz is shown to admins and to callers on the same machine",
+                        ),
+                    )
+            return await handler.unary_unary(request, context)
+
+        return grpc.unary_unary_rpc_method_handler(
+            behave, handler.request_deserializer, handler.response_serializer
+        )
 
     def _wrap(self, method: str, handler: Any) -> Any:
         serializers = (handler.request_deserializer, handler.response_serializer)
