@@ -303,6 +303,7 @@ async def test_closing_ends_what_is_in_flight(rig):
 async def test_vectors_are_limited_kept_and_metered(rig):
     request = EmbeddingInputs("embedder", ("one text", "another"), dimensions=8)
     first = await rig.embedding.embed(call(), request)
+    await eventually(lambda: rig.cache.entries)
     again = await rig.embedding.embed(call(), request)
     assert [first.source, again.source] == [Source.MODEL, Source.CACHE]
     assert list(again.found.vectors) == list(first.found.vectors)

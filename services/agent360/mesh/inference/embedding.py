@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Final, NamedTuple
+from collections.abc import Coroutine
+from typing import Any, Final, NamedTuple
 
 from agent360.client.errors import MeshError
 from agent360.mesh.inference import fingerprint, tokens
@@ -54,7 +55,7 @@ class EmbeddingService:
         self._cache = cache
         self._quota = quota
         self._meter = meter
-        self._settling: set[asyncio.Task[None]] = set()
+        self._afterwards: set[asyncio.Task[None]] = set()
 
     async def embed(self, call: Call, request: EmbeddingInputs) -> Embedded:
         """The vectors of texts.
@@ -76,7 +77,7 @@ class EmbeddingService:
             if found is None:
                 found = await self._run_model(tenant, request, model)
                 if not request.cache.no_store:
-                    await self._keep(tenant, key, found, request)
+                    self._do_afterwards(self._keep(tenant, key, found, request))
         except asyncio.CancelledError:
             self._meter.failed(tenant, model.name, "CANCELLED")
             raise
@@ -88,9 +89,9 @@ class EmbeddingService:
         return Embedded(found, source, Route(model, EXPLICIT), cost)
 
     async def close(self) -> None:
-        """Waits for tokens to be settled."""
-        if self._settling:
-            await asyncio.wait(self._settling, timeout=self._settings.limits.timeout_s * 2)
+        """Waits for tokens to be settled and vectors to be kept."""
+        if self._afterwards:
+            await asyncio.wait(self._afterwards, timeout=self._settings.limits.timeout_s * 2)
 
     async def _run_model(
         self, tenant: str, request: EmbeddingInputs, model: ModelSettings
@@ -104,14 +105,17 @@ class EmbeddingService:
                 vectors, said = await member.backend.embed(request, model.upstream_name)
             used = said or Usage(estimate, estimated=True)
         finally:
-            settling = asyncio.get_running_loop().create_task(
-                self._quota.settle(tenant, reservation, used.input_tokens if used else 0)
-            )
-            self._settling.add(settling)
-            settling.add_done_callback(self._settling.discard)
+            spent = used.input_tokens if used else 0
+            self._do_afterwards(self._quota.settle(tenant, reservation, spent))
         backend = member.backend.name
         self._meter.consumed(tenant, model.name, backend, used, cost_usd(model, used))
         return Embeddings(vectors, used, model.name, backend)
+
+    def _do_afterwards(self, work: Coroutine[Any, Any, None]) -> None:
+        """Runs ``work`` without the caller's waiting for it, even if the caller leaves."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._afterwards.add(task)
+        task.add_done_callback(self._afterwards.discard)
 
     async def _kept(self, tenant: str, key: str) -> Embeddings | None:
         data = await self._cache.get(tenant, NAMESPACE, key)
