@@ -62,4 +62,7 @@ async def embedded(
         await asyncio.gather(*(server.stop() for server in reversed(servers.values())))
 
 
-_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"metrics": {"store": "sqlite:///:memory:"}}
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "metrics": {"store": "sqlite:///:memory:"},
+    "inference": {"backends": ()},
+}
