@@ -117,6 +117,8 @@ class HandlerFactory:
         streams = self.open_streams.streams
 
         async def behave(_: Any, context: Any) -> None:
+            if pipeline.compression_min_bytes is not None:
+                context.set_compression(grpc.Compression.Gzip)
             stream = PipelineStream(pipeline, context, current_group.get().call.principal)
             streams.add(stream)
             try:

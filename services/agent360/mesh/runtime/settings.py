@@ -169,8 +169,9 @@ class ServerSettings(Settings):
     """How long calls may go on after SIGTERM, in seconds."""
     max_message_bytes: int = Field(default=16 * 2**20, ge=2**16)
     """Largest gRPC message taken or sent."""
-    compression: Literal["none", "gzip"] = "gzip"
-    """How large answers are compressed for callers that accept it."""
+    compression: Literal["none", "gzip"] = "none"
+    """How large answers are compressed for callers that accept it. Worth its CPU time across
+    slow networks only."""
     compression_min_bytes: int = Field(default=16 * 2**10, ge=0)
     """Messages below this size are not compressed."""
     tls: TlsSettings = TlsSettings()
