@@ -232,7 +232,10 @@ class PolicyInterceptor(grpc.aio.ServerInterceptor):
             self._end(group, context.code() or grpc.StatusCode.UNKNOWN)
             return
         if isinstance(error, asyncio.CancelledError):
-            self._end(group, grpc.StatusCode.CANCELLED)
+            late = group.call.deadline <= time.monotonic()
+            self._end(
+                group, grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
+            )
             return
         if isinstance(error, TimeoutError) and group.call.deadline <= time.monotonic():
             mesh_error = deadline_error()
