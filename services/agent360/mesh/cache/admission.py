@@ -1,0 +1,231 @@
+"""Which entries are kept when there is no room for all: W-TinyLFU, with sizes."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Final, NamedTuple
+
+from agent360.mesh.cache.entry import Entry
+from agent360.mesh.cache.frequency import MAX_FREQUENCY, FrequencySketch
+
+_WINDOW_SHARE: Final = 0.01
+_PROTECTED_SHARE: Final = 0.8
+_READS_PER_ENTRY: Final = 10
+_LEAST_SAMPLE: Final = 1_000
+
+
+class Bounds(NamedTuple):
+    """What entries may take in all."""
+
+    entries: int
+    """How many."""
+    size_bytes: int
+    """How many bytes."""
+
+    def share(self, part: float) -> Bounds:
+        """A part of the bounds; at least one entry."""
+        return Bounds(max(1, int(self.entries * part)), int(self.size_bytes * part))
+
+
+class Segment:
+    """Entries in the order of their last use, the oldest first.
+
+    Invariant: ``size_bytes`` is the sum of the entries' sizes, and each entry's ``segment`` is this.
+    """
+
+    __slots__ = ("order", "size_bytes")
+
+    def __init__(self) -> None:
+        self.order: OrderedDict[Entry, None] = OrderedDict()
+        self.size_bytes = 0
+
+    def add(self, entry: Entry) -> None:
+        """Puts an entry last."""
+        self.order[entry] = None
+        self.size_bytes += entry.size_bytes
+        entry.segment = self
+
+    def discard(self, entry: Entry) -> None:
+        """Takes an entry out."""
+        del self.order[entry]
+        self.size_bytes -= entry.size_bytes
+        entry.segment = None
+
+    def pop_oldest(self) -> Entry:
+        """Takes out the entry that was used longest ago."""
+        entry, _ = self.order.popitem(last=False)
+        self.size_bytes -= entry.size_bytes
+        entry.segment = None
+        return entry
+
+    def exceeds(self, bounds: Bounds) -> bool:
+        """Whether the entries take more than the bounds allow."""
+        return len(self.order) > bounds.entries or self.size_bytes > bounds.size_bytes
+
+
+class Outcome(NamedTuple):
+    """What became of entries when one was added."""
+
+    evicted: list[Entry]
+    """Pushed out by others that are used more."""
+    rejected: list[Entry]
+    """Refused: used less than those they would push out."""
+    admitted: list[Entry]
+    """Let in for good."""
+
+
+class TinyLfu:
+    """Keeps what is used most, within a number of entries and of bytes.
+
+    New entries pass through a small window, which keeps what is used in bursts. An entry that
+    leaves the window is let in only if it was used more often than the entries it would push out
+    were together: a large one must be worth the several small ones whose room it takes. Uses are
+    counted over a sample that ages, so that yesterday's keys do not stay for ever.
+
+    Sources: Einziger, Friedman and Manes, "TinyLFU: a highly efficient cache admission policy",
+    2017; Einziger, Eytan, Friedman and Manes, "Lightweight robust size aware cache management",
+    2022 (aggregated victims).
+    """
+
+    __slots__ = (
+        "_probation", "_protected", "_protected_bounds", "_sketch",
+        "_used", "_window", "_window_bounds", "bounds", "epoch",
+    )  # fmt: skip
+
+    def __init__(self, bounds: Bounds) -> None:
+        self.bounds = bounds
+        self.epoch = 0
+        self._window_bounds = bounds.share(_WINDOW_SHARE)
+        self._protected_bounds = bounds.share(_PROTECTED_SHARE * (1 - _WINDOW_SHARE))
+        self._window = Segment()
+        self._probation = Segment()
+        self._protected = Segment()
+        self._sketch = FrequencySketch()
+        self._used = 0
+
+    def __len__(self) -> int:
+        return len(self._window.order) + len(self._probation.order) + len(self._protected.order)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all entries."""
+        return self._window.size_bytes + self._probation.size_bytes + self._protected.size_bytes
+
+    def used(self, entries: Iterable[Entry]) -> None:
+        """Notes reads, one for each element; entries that are gone meanwhile are passed over."""
+        epoch, probation = self.epoch, self._probation
+        count = 0
+        for entry in entries:
+            count += 1
+            segment = entry.segment
+            if segment is None:
+                continue
+            if entry.reads_epoch != epoch:
+                entry.reads >>= epoch - entry.reads_epoch
+                entry.reads_epoch = epoch
+            if entry.reads < MAX_FREQUENCY:
+                entry.reads += 1
+            if segment is probation:
+                self._protect(entry)
+            else:
+                segment.order.move_to_end(entry)
+        self._count(count)
+
+    def add(self, entry: Entry) -> Outcome:
+        """Takes a new entry; afterwards what is held is within the bounds."""
+        entry.reads_epoch = self.epoch
+        entry.reads = min(MAX_FREQUENCY, self._sketch.estimate(entry.key_hash) + 1)
+        self._count(1)
+        outcome = Outcome([], [], [])
+        self._window.add(entry)
+        if entry.size_bytes > self._window_bounds.size_bytes:
+            self._window.order.move_to_end(entry, last=False)
+        self._settle(outcome)
+        return outcome
+
+    def resized(self, entry: Entry, old_size_bytes: int) -> Outcome:
+        """Notes that a held entry was rewritten with another size."""
+        segment = entry.segment
+        if segment is None:
+            raise ValueError("the entry is not held")
+        segment.size_bytes += entry.size_bytes - old_size_bytes
+        self.used((entry,))
+        outcome = Outcome([], [], [])
+        self._settle(outcome)
+        return outcome
+
+    def remove(self, entry: Entry) -> None:
+        """Lets go of a held entry; how often it was used is remembered."""
+        if entry.segment is not None:
+            entry.segment.discard(entry)
+            self._remember(entry)
+
+    def _settle(self, outcome: Outcome) -> None:
+        """Brings window and whole back within their bounds."""
+        window = self._window
+        while window.exceeds(self._window_bounds):
+            self._admit(window.pop_oldest(), outcome)
+        while (victims := self._excess(0, 0)) is not None and victims:
+            # Only after an entry grew: what is held is over the bounds without a candidate.
+            self._push_out(victims, outcome)
+
+    def _admit(self, candidate: Entry, outcome: Outcome) -> None:
+        """Lets a candidate in if it is used more than what it would push out."""
+        victims = self._excess(1, candidate.size_bytes, self._frequency(candidate))
+        if victims is None:
+            self._remember(candidate)
+            outcome.rejected.append(candidate)
+            return
+        self._push_out(victims, outcome)
+        self._probation.add(candidate)
+        outcome.admitted.append(candidate)
+
+    def _excess(
+        self, entries: int, size_bytes: int, frequency: int = 1 << 30
+    ) -> list[Entry] | None:
+        """The oldest entries whose going makes room; None if they are used as much as ``frequency``."""
+        entries += len(self) - self.bounds.entries
+        size_bytes += self.size_bytes - self.bounds.size_bytes
+        victims: list[Entry] = []
+        if entries <= 0 and size_bytes <= 0:
+            return victims
+        for segment in (self._probation, self._protected, self._window):
+            for victim in segment.order:
+                frequency -= self._frequency(victim)
+                if frequency <= 0:
+                    return None
+                victims.append(victim)
+                entries -= 1
+                size_bytes -= victim.size_bytes
+                if entries <= 0 and size_bytes <= 0:
+                    return victims
+        return None
+
+    def _push_out(self, victims: list[Entry], outcome: Outcome) -> None:
+        for victim in victims:
+            self.remove(victim)
+        outcome.evicted.extend(victims)
+
+    def _protect(self, entry: Entry) -> None:
+        self._probation.discard(entry)
+        protected = self._protected
+        protected.add(entry)
+        while protected.exceeds(self._protected_bounds):
+            self._probation.add(protected.pop_oldest())
+
+    def _remember(self, entry: Entry) -> None:
+        self._sketch.record(entry.key_hash, self._frequency(entry))
+
+    def _frequency(self, entry: Entry) -> int:
+        return entry.reads >> (self.epoch - entry.reads_epoch)
+
+    def _count(self, uses: int) -> None:
+        """Ages all counts once the entries were used ten times each on average."""
+        self._used += uses
+        held = len(self)
+        if self._used >= max(_LEAST_SAMPLE, held * _READS_PER_ENTRY):
+            self._used = 0
+            self.epoch += 1
+            self._sketch.fit(held)
+            self._sketch.halve()

@@ -1,0 +1,96 @@
+"""What the cache's domain needs from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
+
+from agent360.mesh.cache.entry import Counts, Entry, Payload, Space
+
+
+class Timer(Protocol):
+    """Something that will happen."""
+
+    def cancel(self) -> None:
+        """Makes it not happen."""
+
+
+class Clock(Protocol):
+    """Time."""
+
+    def now(self) -> float:
+        """Monotonic time in seconds."""
+
+    def wall_us(self) -> int:
+        """Time since the Unix epoch in microseconds."""
+
+    def call_at(self, when: float, callback: Callable[[], None]) -> Timer:
+        """Calls ``callback`` once ``now()`` has reached ``when``."""
+
+
+class Store(Protocol):
+    """Holds the entries of this replica, within its bounds. It works in memory: nothing waits.
+
+    A shared store of several replicas stands behind a port of its own, beside this one.
+    """
+
+    def space(self, tenant: str, name: str) -> Space:
+        """The namespace, which is made if there is none.
+
+        Raises:
+            MeshError: the tenant has as many namespaces as it may.
+        """
+
+    def space_to_read(self, tenant: str, name: str) -> Space:
+        """As ``space``; if there may be no more of them, an empty one that nobody keeps."""
+
+    def spaces(self, tenant: str) -> Mapping[str, Space]:
+        """The tenant's namespaces by name."""
+
+    def find(self, space: Space, key: str, now: float, allow_stale: bool) -> Entry | None:
+        """The entry that answers a lookup, which is counted; None on a miss."""
+
+    def note_reads(self) -> None:
+        """Tells the eviction policy of the lookups since the last time."""
+
+    def peek(self, space: Space, key: str, now: float) -> Entry | None:
+        """The entry that is there, fresh or stale; nothing is counted."""
+
+    def write(self, space: Space, key: str, payload: Payload, now: float, version: int) -> Entry:
+        """Writes an entry; it is not held (``segment`` is None) if the policy refused it."""
+
+    def remove(self, entry: Entry) -> None:
+        """Removes an entry and counts it as invalidated."""
+
+    def drop_generation(self, space: Space) -> None:
+        """Makes all entries of a namespace unreachable at once; their room is reclaimed later."""
+
+    def tagged(self, space: Space, tags: Iterable[str]) -> list[Entry]:
+        """The entries with any of the tags."""
+
+    def sweep(self, now: float, limit: int) -> bool:
+        """Lets go of up to ``limit`` entries that are over; returns whether there are more."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all entries, those that wait to be reclaimed included."""
+
+    def __len__(self) -> int:
+        """How many entries there are, those that wait to be reclaimed included."""
+
+    def totals(self) -> Counts:
+        """The counts of all namespaces together."""
+
+
+class AuditTrail(Protocol):
+    """Where it is recorded who removed what."""
+
+    def invalidated(self, tenant: str, namespace: str, scope: str, removed: int) -> None:
+        """Records that entries were invalidated; returns at once.
+
+        Args:
+            tenant: whose.
+            namespace: where.
+            scope: ``keys``, ``prefix``, ``tags`` or ``namespace``.
+            removed: how many entries.
+        """

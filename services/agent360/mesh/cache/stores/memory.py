@@ -1,0 +1,272 @@
+"""Entries in this process's memory."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Final
+
+import grpc
+
+from agent360.client.errors import MeshError
+from agent360.mesh.cache.admission import Bounds, Outcome, TinyLfu
+from agent360.mesh.cache.entry import Counts, Entry, Payload, Space, size_of
+from agent360.mesh.cache.expiry import ExpiryWheel
+
+_READS_AT_ONCE: Final = 64
+_RECLAIMED_WITH_A_WRITE: Final = 16
+_NO_SPACES: Final[Mapping[str, Space]] = MappingProxyType({})
+
+
+class MemoryStore:
+    """The port ``Store``.
+
+    Values are found in one dictionary for each namespace of each tenant, by their full keys: no
+    key can be taken for another, whatever their hashes are. The policy sees the same entries and
+    says which go.
+
+    Invariant: an entry is in the policy, in the wheel and (if of its space's generation) in its
+    space's tables, or in none of them. Entries of dropped generations wait in ``_dropped``.
+    """
+
+    def __init__(
+        self,
+        bounds: Bounds,
+        *,
+        max_namespaces: int,
+        now: float,
+        hash_key: Callable[[str], int] = hash,
+    ) -> None:
+        """Makes an empty store.
+
+        Args:
+            bounds: what entries may take in all.
+            max_namespaces: of one tenant.
+            now: monotonic time in seconds.
+            hash_key: what the policy tells keys apart by; it never decides what is found.
+        """
+        self._policy = TinyLfu(bounds)
+        self._wheel = ExpiryWheel(now)
+        self._max_namespaces = max_namespaces
+        self._hash_key = hash_key
+        self._tenants: dict[str, dict[str, Space]] = {}
+        self._reads: list[Entry] = []
+        self._dropped: deque[Iterator[Entry]] = deque()
+        self._due: Iterator[Entry] = iter(())
+
+    # ---------------------------------------------------------------- namespaces
+
+    def space(self, tenant: str, name: str) -> Space:
+        """See ``Store.space``."""
+        spaces = self._tenants.get(tenant)
+        if spaces is None:
+            spaces = self._tenants[tenant] = {}
+        space = spaces.get(name)
+        if space is None:
+            if len(spaces) >= self._max_namespaces:
+                raise MeshError(
+                    grpc.StatusCode.RESOURCE_EXHAUSTED,
+                    "NAMESPACES_EXHAUSTED",
+                    f"the tenant has {len(spaces):,} namespaces, which is the most there may be",
+                    metadata={"max_namespaces": str(self._max_namespaces)},
+                )
+            space = spaces[name] = Space(tenant, name)
+        return space
+
+    def space_to_read(self, tenant: str, name: str) -> Space:
+        """See ``Store.space_to_read``."""
+        spaces = self._tenants.get(tenant, _NO_SPACES)
+        if name not in spaces and len(spaces) >= self._max_namespaces:
+            return Space(tenant, name)
+        return self.space(tenant, name)
+
+    def spaces(self, tenant: str) -> Mapping[str, Space]:
+        """See ``Store.spaces``."""
+        return self._tenants.get(tenant, _NO_SPACES)
+
+    def drop_generation(self, space: Space) -> None:
+        """See ``Store.drop_generation``."""
+        space.counts.invalidations += len(space.entries)
+        self._dropped.append(iter(space.entries.values()))
+        space.generation += 1
+        space.entries = {}
+        space.tags = {}
+        space.size_bytes = 0
+
+    # ---------------------------------------------------------------- reading
+
+    def find(self, space: Space, key: str, now: float, allow_stale: bool) -> Entry | None:
+        """See ``Store.find``."""
+        entry = space.entries.get(key)
+        if entry is not None:
+            if now < entry.fresh_until:
+                space.counts.hits += 1
+                self._reads.append(entry)
+                return entry
+            if now >= entry.gone_at:
+                self._expire(entry)
+            elif allow_stale:
+                space.counts.stale_hits += 1
+                self._reads.append(entry)
+                return entry
+        space.counts.misses += 1
+        return None
+
+    def note_reads(self) -> None:
+        """See ``Store.note_reads``."""
+        if len(self._reads) >= _READS_AT_ONCE:
+            self._flush_reads()
+
+    def peek(self, space: Space, key: str, now: float) -> Entry | None:
+        """See ``Store.peek``."""
+        entry = space.entries.get(key)
+        if entry is not None and now >= entry.gone_at:
+            self._expire(entry)
+            return None
+        return entry
+
+    def tagged(self, space: Space, tags: Iterable[str]) -> list[Entry]:
+        """See ``Store.tagged``."""
+        found: dict[Entry, None] = {}
+        for tag in tags:
+            found.update(space.tags.get(tag, {}))
+        return list(found)
+
+    # ---------------------------------------------------------------- writing
+
+    def write(self, space: Space, key: str, payload: Payload, now: float, version: int) -> Entry:
+        """See ``Store.write``."""
+        self._flush_reads()
+        self._make_way(size_of(key, payload))
+        entry = self.peek(space, key, now)
+        space.counts.sets += 1
+        if entry is None:
+            entry = Entry(space, key, self._hash_key(key) ^ space.salt)
+            entry.write(payload, now, version)
+            space.entries[key] = entry
+            space.size_bytes += entry.size_bytes
+            self._file(entry)
+            self._settle(self._policy.add(entry))
+        else:
+            old_size_bytes = entry.size_bytes
+            self._unfile(entry)
+            entry.write(payload, now, version)
+            space.size_bytes += entry.size_bytes - old_size_bytes
+            self._file(entry)
+            self._settle(self._policy.resized(entry, old_size_bytes))
+        return entry
+
+    def remove(self, entry: Entry) -> None:
+        """See ``Store.remove``."""
+        if entry.segment is not None:
+            self._let_go(entry)
+            entry.space.counts.invalidations += 1
+
+    def sweep(self, now: float, limit: int) -> bool:
+        """See ``Store.sweep``."""
+        limit = self._reclaim(limit)
+        while limit > 0:
+            entry = next(self._due, None)
+            if entry is None:
+                self._due = self._wheel.due(now)
+                entry = next(self._due, None)
+                if entry is None:
+                    return bool(self._dropped)
+            limit -= 1
+            self._expire(entry)
+        return True
+
+    # ---------------------------------------------------------------- counting
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all entries, those of dropped generations included."""
+        return self._policy.size_bytes
+
+    def __len__(self) -> int:
+        """How many entries there are, those of dropped generations included."""
+        return len(self._policy)
+
+    def totals(self) -> Counts:
+        """The counts of all namespaces together."""
+        totals = Counts()
+        for spaces in list(self._tenants.values()):
+            for space in list(spaces.values()):
+                totals.add(space.counts)
+        return totals
+
+    # ---------------------------------------------------------------- bookkeeping
+
+    def _flush_reads(self) -> None:
+        if self._reads:
+            reads, self._reads = self._reads, []
+            self._policy.used(reads)
+
+    def _make_way(self, size_bytes: int) -> None:
+        """Reclaims entries nobody can reach, and as many as it takes before others are pushed out."""
+        if not self._dropped:
+            return
+        self._reclaim(_RECLAIMED_WITH_A_WRITE)
+        policy = self._policy
+        while self._dropped and (
+            policy.size_bytes + size_bytes > policy.bounds.size_bytes
+            or len(policy) >= policy.bounds.entries
+        ):
+            self._reclaim(_RECLAIMED_WITH_A_WRITE)
+
+    def _reclaim(self, limit: int) -> int:
+        """Lets go of entries of dropped generations; returns what is left of the limit."""
+        while limit > 0 and self._dropped:
+            entry = next(self._dropped[0], None)
+            if entry is None:
+                self._dropped.popleft()
+            else:
+                limit -= 1
+                self._let_go(entry)
+        return limit
+
+    def _settle(self, outcome: Outcome) -> None:
+        for entry in outcome.evicted:
+            if entry.reachable:
+                entry.space.counts.evictions += 1
+            self._forget(entry)
+        for entry in outcome.rejected:
+            if entry.reachable:
+                entry.space.counts.rejections += 1
+            self._forget(entry)
+        for entry in outcome.admitted:
+            entry.space.counts.admissions += 1
+
+    def _expire(self, entry: Entry) -> None:
+        if entry.segment is not None:
+            if entry.reachable:
+                entry.space.counts.expirations += 1
+            self._let_go(entry)
+
+    def _let_go(self, entry: Entry) -> None:
+        self._policy.remove(entry)
+        self._forget(entry)
+
+    def _forget(self, entry: Entry) -> None:
+        """Takes an entry that the policy let go of out of all tables."""
+        self._unfile(entry)
+        space = entry.space
+        if entry.reachable:
+            del space.entries[entry.key]
+            space.size_bytes -= entry.size_bytes
+
+    def _file(self, entry: Entry) -> None:
+        self._wheel.add(entry)
+        index = entry.space.tags
+        for tag in entry.tags:
+            index.setdefault(tag, {})[entry] = None
+
+    def _unfile(self, entry: Entry) -> None:
+        self._wheel.discard(entry)
+        if entry.tags and entry.reachable:
+            index = entry.space.tags
+            for tag in entry.tags:
+                del index[tag][entry]
+                if not index[tag]:
+                    del index[tag]
