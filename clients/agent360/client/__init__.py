@@ -5,6 +5,7 @@ Example:
     ...     lookup = await mesh.cache.get("plan:42")
 """
 
+from agent360.client.audit import AuditEvent
 from agent360.client.cache import CacheClient, Entry, Lookup, Outcome
 from agent360.client.channel import Tls
 from agent360.client.chat import Answer, AnswerSource, GenerateRequest, Message, Tool, ToolCall
@@ -24,6 +25,7 @@ from agent360.client.ratelimit import CheckRequest, Decision, RateLimitClient
 __all__ = [
     "Answer",
     "AnswerSource",
+    "AuditEvent",
     "CacheClient",
     "CallScope",
     "CheckRequest",

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Final, Self
 
-from agent360.client.reporter import Reporter
-
 from agent360.client import audit, cache, inference, metrics, ratelimit
 from agent360.client.addresses import parse_addresses
 from agent360.client.channel import MAX_MESSAGE_BYTES, Tls
 from agent360.client.coalescer import Coalescer, ConnectOptions, Wire
+from agent360.client.reporter import Reporter
 from agent360.client.session import Bounds
 
 DEFAULT_ADDRESSES: Final = {
@@ -69,7 +68,7 @@ class Mesh:
         self._reporter = Reporter(
             self._coalescers[4].channel, options.metadata, reporter_id=reporter_id
         )
-        self.metrics = metrics.MetricsClient(self._reporter, self._coalescers[4])
+        self.metrics = metrics.MetricsClient(self._reporter, self._coalescers[4], options.tenant)
 
     @classmethod
     def connect(
@@ -152,5 +151,5 @@ class Mesh:
         Args:
             grace: seconds that both may take together; then the rest fails with UNAVAILABLE.
         """
-        await self._reporter.close(grace)
+        await asyncio.gather(self._reporter.close(grace), self.audit.settle(grace))
         await asyncio.gather(*(coalescer.close(grace) for coalescer in self._coalescers))

@@ -35,7 +35,9 @@ class _AlgorithmEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Algorithm.V
     ALGORITHM_TOKEN_BUCKET: _Algorithm.ValueType  # 1
     """GCRA: amount per period on average, burst at once."""
     ALGORITHM_SLIDING_WINDOW: _Algorithm.ValueType  # 2
-    """At most amount in any period, approximated by two weighted windows."""
+    """At most amount in any period, counted in sixteenths of it: never more is admitted, and room comes back
+    up to a sixteenth of the period late.
+    """
     ALGORITHM_FIXED_WINDOW: _Algorithm.ValueType  # 3
     """At most amount in each period aligned with the calendar of time_zone."""
     ALGORITHM_CONCURRENCY: _Algorithm.ValueType  # 4
@@ -49,7 +51,9 @@ ALGORITHM_UNSPECIFIED: Algorithm.ValueType  # 0
 ALGORITHM_TOKEN_BUCKET: Algorithm.ValueType  # 1
 """GCRA: amount per period on average, burst at once."""
 ALGORITHM_SLIDING_WINDOW: Algorithm.ValueType  # 2
-"""At most amount in any period, approximated by two weighted windows."""
+"""At most amount in any period, counted in sixteenths of it: never more is admitted, and room comes back
+up to a sixteenth of the period late.
+"""
 ALGORITHM_FIXED_WINDOW: Algorithm.ValueType  # 3
 """At most amount in each period aligned with the calendar of time_zone."""
 ALGORITHM_CONCURRENCY: Algorithm.ValueType  # 4

@@ -1,4 +1,4 @@
-"""The cache service: entries of many tenants, bounded, invalidated together, filled by one caller."""
+"""The cache service: bounded entries of many tenants, filled by one caller at a time."""
 
 from agent360.mesh.cache.servicer import CacheServicer
 from agent360.mesh.cache.settings import CacheSettings

@@ -31,7 +31,7 @@ class Bounds(NamedTuple):
 class Segment:
     """Entries in the order of their last use, the oldest first.
 
-    Invariant: ``size_bytes`` is the sum of the entries' sizes, and each entry's ``segment`` is this.
+    Invariant: ``size_bytes`` is the sum of the entries' sizes, and an entry's ``segment`` is this.
     """
 
     __slots__ = ("order", "size_bytes")
@@ -184,7 +184,7 @@ class TinyLfu:
     def _excess(
         self, entries: int, size_bytes: int, frequency: int = 1 << 30
     ) -> list[Entry] | None:
-        """The oldest entries whose going makes room; None if they are used as much as ``frequency``."""
+        """The oldest entries whose going makes room; None if used as much as ``frequency``."""
         entries += len(self) - self.bounds.entries
         size_bytes += self.size_bytes - self.bounds.size_bytes
         victims: list[Entry] = []

@@ -26,7 +26,7 @@ class Grant(NamedTuple):
 class Claim:
     """A key that is being filled.
 
-    Invariant: while ``token`` is not empty the claim is open, its filler alone may fill the key, and
+    Invariant: while ``token`` is not empty the claim is open, only its filler may fill the key;
     each future in ``waiters`` belongs to a caller that waits for it.
     """
 

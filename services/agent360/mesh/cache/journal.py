@@ -1,4 +1,4 @@
-"""What was written and invalidated lately, for those who hold copies: a bounded ring for a tenant."""
+"""What was written and invalidated lately: a bounded ring for each tenant."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class Journal:
             self.watchers -= 1
 
     def _read(self, position: int, namespaces: Container[str]) -> tuple[Change | None, int]:
-        """The next change of interest, with the writes of the same namespace that follow at once."""
+        """The next change of interest, with the writes of its namespace that follow at once."""
         ring = self._ring
         offset = position - (self._last - len(ring))
         found: Change | None = None
@@ -212,7 +212,5 @@ def _set(future: asyncio.Future[bool], changed: bool) -> None:
 def _read_token(token: str) -> tuple[str, int]:
     epoch, dot, position = token.rpartition(".")
     if not dot or not epoch or not (position.isascii() and position.isdigit()) or len(token) > 64:
-        raise InvalidRequestError(
-            [Violation("resume_token", "is not a token of this service")]
-        )
+        raise InvalidRequestError([Violation("resume_token", "is not a token of this service")])
     return epoch, int(position)

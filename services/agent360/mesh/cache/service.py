@@ -268,7 +268,7 @@ class CacheService:
 
     async def sweep(self) -> None:
         """Lets go of everything that is over."""
-        while self._store.sweep(self._clock.now(), _SWEEP_SLICE):
+        while self._store.sweep(self._clock.now(), _SWEEP_SLICE):  # noqa: ASYNC110 - a pause
             await asyncio.sleep(0)
 
     async def run_sweeper(self) -> None:
@@ -333,4 +333,3 @@ class CacheService:
 def _stored(entry: Entry) -> Stored:
     held = entry.segment is not None
     return Stored(held, entry.version if held else 0)
-

@@ -33,7 +33,6 @@ class Measurements(Protocol):
         name: str,
         value: float = 1.0,
         labels: dict[str, str] | None = None,
-        *,
         tenant: str = "",
     ) -> None:
         """Adds to a counter."""
@@ -43,8 +42,8 @@ class Measurements(Protocol):
         name: str,
         value: float,
         labels: dict[str, str] | None = None,
-        *,
         tenant: str = "",
+        *,
         unit: str = "",
         count: int = 1,
     ) -> None:

@@ -204,7 +204,7 @@ class MemoryStore:
             self._policy.used(reads)
 
     def _make_way(self, size_bytes: int) -> None:
-        """Reclaims entries nobody can reach, and as many as it takes before others are pushed out."""
+        """Reclaims as many unreachable entries as it takes before others are pushed out."""
         if not self._dropped:
             return
         self._reclaim(_RECLAIMED_WITH_A_WRITE)

@@ -1,0 +1,45 @@
+# Agent360 Mesh. `make help` prints the targets.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help
+help:  ## print this
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(VENV)/.installed: pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	@$(BIN)/python -m pip install --quiet --editable '.[server,redis]' --group dev
+	@touch $@
+
+.PHONY: install
+install: $(VENV)/.installed  ## make .venv with everything a developer needs
+	@scripts/install-tools.sh
+
+.PHONY: test
+test: install  ## run the whole test suite; what cannot run says why at the end
+	@PATH="$(CURDIR)/.cache/bin:$$PATH" $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+.PHONY: check
+check: $(VENV)/.installed  ## lint, types, proto lint, stub drift and import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	scripts/protos.sh lint
+	scripts/protos.sh drift
+	$(BIN)/lint-imports --no-cache
+
+.PHONY: protos
+protos: $(VENV)/.installed  ## generate the stubs in clients/ from protos/
+	scripts/protos.sh generate clients
+
+.PHONY: up
+up: $(VENV)/.installed  ## run the mesh in the foreground
+	$(BIN)/agent360-mesh up
+
+.PHONY: bench
+bench: $(VENV)/.installed  ## what a call costs beside bare gRPC
+	$(BIN)/agent360-mesh bench calls

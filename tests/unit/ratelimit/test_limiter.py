@@ -1,0 +1,205 @@
+"""The limiter's promises, with a clock of the test's own."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent360.client.errors import MeshError
+from agent360.mesh.ratelimit.counters import Counter, FixedWindow, SlidingWindow, TokenBucket
+from agent360.mesh.ratelimit.limiter import Limiter
+from agent360.mesh.ratelimit.limits import Algorithm, Limit, LimitsError, LimitSet, read_limits
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def limiter(*limits: Limit) -> tuple[Limiter, Clock]:
+    clock = Clock()
+    return Limiter(LimitSet(limits), clock), clock
+
+
+steps = st.lists(st.tuples(st.floats(0, 3), st.integers(1, 4)), min_size=1, max_size=80)
+
+
+@given(steps)
+def test_a_token_bucket_admits_at_most_burst_plus_rate_times_any_interval(
+    history: list[tuple[float, int]],
+) -> None:
+    bucket, now = TokenBucket(amount=5, period_s=2.0, burst=7), 50.0
+    admitted: list[tuple[float, int]] = []
+    for pause, hits in history:
+        now += pause
+        if bucket.room(now) >= hits:
+            bucket.take(now, hits)
+            admitted.append((now, hits))
+    for first in range(len(admitted)):
+        total = 0
+        for at, hits in admitted[first:]:
+            total += hits
+            assert total <= 7 + 2.5 * (at - admitted[first][0]) + 1e-3
+
+
+@given(steps)
+def test_a_sliding_window_never_admits_more_than_its_amount_in_any_period(
+    history: list[tuple[float, int]],
+) -> None:
+    window, now = SlidingWindow(amount=9, period_s=4.0), 50.0
+    admitted: list[tuple[float, int]] = []
+    for pause, hits in history:
+        now += pause
+        if window.room(now) >= hits:
+            window.take(now, hits)
+            admitted.append((now, hits))
+    for at, _ in admitted:
+        assert sum(hits for when, hits in admitted if at - 4.0 < when <= at) <= 9
+
+
+COUNTERS: list[Callable[[], Counter]] = [
+    lambda: TokenBucket(5, 2.0, 7),
+    lambda: SlidingWindow(7, 2.0),
+    lambda: FixedWindow(7, 2.0),
+]
+
+
+@pytest.mark.parametrize("make", COUNTERS)
+@given(history=steps)
+def test_waiting_as_told_admits_and_waiting_nine_tenths_does_not(
+    make: Callable[[], Counter], history: list[tuple[float, int]]
+) -> None:
+    counter, now = make(), 50.0
+    for pause, hits in history:
+        now += pause
+        if counter.room(now) >= hits:
+            counter.take(now, hits)
+            continue
+        wait = counter.wait(now, hits)
+        assert wait is not None
+        if wait > 1e-3:
+            assert counter.room(now + 0.9 * wait) < hits
+        now += wait + 1e-6
+        assert counter.room(now) >= hits
+
+
+def test_a_denied_parent_charges_no_child() -> None:
+    subject, _ = limiter(
+        Limit("tenant", 10, 60.0), Limit("user", 100, 60.0, per=("tenant", "user"))
+    )
+    decisions = [subject.check("acme", "x", facts={"user": "u"}) for _ in range(50)]
+    assert sum(decision.allowed for decision in decisions) == 10
+    assert decisions[-1].limit_id == "tenant"
+    plan = subject.plan("acme", "x", {"user": "u"})
+    assert plan[1].counter.room(1_000.0) == 90
+
+
+def test_one_tenants_use_leaves_anothers_limit_whole() -> None:
+    subject, _ = limiter(Limit("r", 1, 60.0))
+    assert subject.check("acme", "x").allowed
+    assert not subject.check("acme", "x").allowed
+    assert subject.check("globex", "x").allowed
+
+
+def test_a_tenants_own_limit_replaces_the_general_one() -> None:
+    subject, _ = limiter(Limit("r", 5, 60.0), Limit("r", 1, 60.0, tenant="small"))
+    assert sum(subject.check("small", "x").allowed for _ in range(5)) == 1
+    assert sum(subject.check("acme", "x").allowed for _ in range(9)) == 5
+
+
+def test_zero_hits_look_without_charging() -> None:
+    subject, _ = limiter(Limit("r", 2, 60.0))
+    assert subject.check("acme", "x", 0).remaining == 2
+    assert subject.check("acme", "x", 2).allowed
+    assert not subject.check("acme", "x", 0).allowed
+
+
+def test_a_partial_grant_takes_what_is_left() -> None:
+    subject, _ = limiter(Limit("r", 10, 60.0))
+    assert subject.check("acme", "x", 7, allow_partial=True).granted == 7
+    assert subject.check("acme", "x", 7, allow_partial=True).granted == 3
+
+
+def test_more_hits_than_the_limit_ever_admits_are_denied_without_a_retry_time() -> None:
+    subject, _ = limiter(Limit("r", 10, 60.0))
+    assert subject.check("acme", "x", 11).retry_after_s is None
+
+
+def test_a_shadow_limit_counts_denials_and_denies_nothing() -> None:
+    subject, _ = limiter(Limit("r", 1, 60.0, shadow=True))
+    assert all(subject.check("acme", "x").allowed for _ in range(5))
+    assert subject.denied == {"r": 4}
+
+
+def test_a_request_that_no_limit_matches_is_allowed() -> None:
+    subject, _ = limiter(Limit("r", 1, 60.0, name="inference.*", match={"model": "*"}))
+    assert subject.check("acme", "search").limit_id == ""
+    assert subject.check("acme", "inference.generate").limit_id == ""
+    decision = subject.check("acme", "inference.generate", facts={"model": "m"})
+    assert decision.limit_id == "r"
+
+
+def test_twenty_reserves_of_a_hundred_fit_ten_times_into_a_thousand_and_settle_once() -> None:
+    subject, _ = limiter(Limit("tokens", 1_000, 3_600.0, algorithm=Algorithm.FIXED_WINDOW))
+    plan = subject.plan("acme", "x", {})
+    reserved = [subject.reserve("acme", plan, 100, 60.0) for _ in range(20)]
+    ids = [reservation_id for decision, reservation_id in reserved if decision.allowed]
+    assert len(ids) == 10
+    for reservation_id in ids:
+        assert subject.settle("acme", reservation_id, 40).adjustment == -60
+    assert subject.check("acme", "x", 0).remaining == 600
+    again = subject.settle("acme", ids[0], 40)
+    assert again.repeated
+    assert again.remaining == 600
+
+
+def test_a_reserve_of_the_same_request_id_is_charged_once() -> None:
+    subject, _ = limiter(Limit("tokens", 1_000, 3_600.0))
+    plan = subject.plan("acme", "x", {})
+    first = subject.reserve("acme", plan, 100, 60.0, "request-1")
+    assert subject.reserve("acme", plan, 100, 60.0, "request-1") == first
+    assert subject.check("acme", "x", 0).remaining == 900
+
+
+def test_another_tenants_reservation_is_not_found() -> None:
+    subject, _ = limiter(Limit("tokens", 1_000, 3_600.0))
+    _, reservation_id = subject.reserve("acme", subject.plan("acme", "x", {}), 1, 60.0)
+    with pytest.raises(MeshError, match="RESERVATION_UNKNOWN"):
+        subject.settle("globex", reservation_id, 1)
+
+
+def test_counts_beyond_the_bound_go_when_they_are_whole_again() -> None:
+    clock = Clock()
+    subject = Limiter(LimitSet([Limit("r", 1, 1.0)]), clock, max_counters=10)
+    for number in range(10):
+        subject.check(f"t{number}", "x")
+    clock.now += 5
+    assert subject.check("one-more", "x").allowed
+    assert subject.generation == 1
+    assert not subject.check("one-more", "x").allowed
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ('[[limits]]\nid="a"\namount=0\nperiod="1s"', "amount must be a positive"),
+        ('[[limits]]\nid="A!"\namount=1\nperiod="1s"', "id must match"),
+        ('[[limits]]\nid="a"\namount=1\nperiod="soon"', "period must be"),
+        ('[[limits]]\nid="a"\namount=1\nperiod="1s"\ntypo=1', "'typo' is not known"),
+        ('[[limits]]\nid="a"\namount=1\nperiod="1s"\nalgorithm="x"', "algorithm must be one of"),
+        ('[[limits]]\nid="a"\namount=1\nperiod="1s"\n' * 2, "stands twice"),
+        ("[[limits", "line 1"),
+    ],
+)
+def test_a_wrong_limits_file_is_refused_with_what_is_wrong(
+    tmp_path: Path, text: str, fault: str
+) -> None:
+    file = tmp_path / "limits.toml"
+    file.write_text(text)
+    with pytest.raises(LimitsError, match=fault):
+        read_limits(file)
