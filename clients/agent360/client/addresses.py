@@ -66,7 +66,9 @@ async def resolve(addresses: Sequence[str]) -> list[Endpoint]:
         for family, _, _, _, peer in infos:
             if family == socket.AF_INET6 and socket.AF_INET in families:
                 continue  # one server, two families: one stream
-            ip = f"[{peer[0]!s}]" if family == socket.AF_INET6 else str(peer[0])
+            ip = str(peer[0])
+            if family == socket.AF_INET6:
+                ip = f"[{ip}]"
             target = f"{ip}:{peer[1]}"
             found.setdefault(target, Endpoint(target, host))
     if not found and failure is not None:

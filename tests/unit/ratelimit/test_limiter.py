@@ -193,7 +193,7 @@ def test_counts_beyond_the_bound_go_when_they_are_whole_again() -> None:
         ('[[limits]]\nid="a"\namount=1\nperiod="1s"\ntypo=1', "'typo' is not known"),
         ('[[limits]]\nid="a"\namount=1\nperiod="1s"\nalgorithm="x"', "algorithm must be one of"),
         ('[[limits]]\nid="a"\namount=1\nperiod="1s"\n' * 2, "stands twice"),
-        ("[[limits", "line 1"),
+        ("[[limits", "at end of document"),
     ],
 )
 def test_a_wrong_limits_file_is_refused_with_what_is_wrong(

@@ -14,6 +14,7 @@ from agent360.client.errors import MeshError, unimplemented
 from agent360.mesh.cache.admission import Bounds
 from agent360.mesh.cache.claims import Claim
 from agent360.mesh.cache.clock import LoopClock
+from agent360.mesh.cache.entry import Payload
 from agent360.mesh.cache.exposition import StoreCollector
 from agent360.mesh.cache.service import CacheService, Claimed, Limits
 from agent360.mesh.cache.settings import CacheSettings
@@ -350,9 +351,7 @@ class CacheServicer:
         for key, entry in list(space.entries.items()):
             remaining_s = entry.fresh_until - now
             if remaining_s > 0 and entry.reachable:
-                payload = read.Payload(
-                    entry.value, remaining_s, 0.0, entry.content_type, entry.tags
-                )
+                payload = Payload(entry.value, remaining_s, 0.0, entry.content_type, entry.tags)
                 yield read.Write(target, key, payload)
 
 

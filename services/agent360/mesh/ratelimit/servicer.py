@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import grpc
@@ -175,7 +176,7 @@ class RateLimitServicer:
         faults.raise_if_any()
         read = []
         for index, each in enumerate(request.requests):
-            faults.nested(f"requests[{index}]", lambda inner, each=each: _check(each, inner))
+            faults.nested(f"requests[{index}]", partial(_read_request, each))
             read.append(each)
         faults.raise_if_any()
         response = pb.BatchCheckResponse()
@@ -274,10 +275,6 @@ def write_decision(message: Any, decision: Decision) -> None:
             reset.nanos = int((reset_after_s - whole) * 1e9)
     if retry_after_s is not None:
         set_duration(message.retry_after, retry_after_s + 1e-6)
-
-
-def _check(request: Any, faults: Violations) -> None:
-    _read_request(request, faults)
 
 
 def _read_request(request: Any, faults: Violations) -> dict[str, str]:

@@ -64,7 +64,7 @@ class Violations:
         if not holds:
             self.add(field, description)
 
-    def nested(self, prefix: str, check: Callable[[Violations], None]) -> None:
+    def nested(self, prefix: str, check: Callable[[Violations], object]) -> None:
         """Runs checks whose field paths are below ``prefix``."""
         inner = Violations()
         check(inner)

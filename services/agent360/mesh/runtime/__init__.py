@@ -1,0 +1,1 @@
+"""What all services share: calls, policies, the stream runner, the server, configuration."""
