@@ -69,7 +69,7 @@ async def resolve(addresses: Sequence[str]) -> list[Endpoint]:
             ip = str(peer[0])
             if family == socket.AF_INET6:
                 ip = f"[{ip}]"
-            target = f"{ip}:{peer[1]}"
+            target = f"{ip}:{int(port)}"
             found.setdefault(target, Endpoint(target, host))
     if not found and failure is not None:
         raise failure

@@ -50,6 +50,14 @@ class MeasuresItself(Protocol):
     """Its own intake."""
 
 
+@runtime_checkable
+class Drains(Protocol):
+    """A servicer with streams of its own that must be asked to end."""
+
+    def drain(self) -> None:
+        """Asks them to."""
+
+
 ServicerFactory = Callable[[Any, ServiceContext], Servicer]
 """Makes a servicer from its settings: the servicer's class."""
 
@@ -147,6 +155,8 @@ class Server:
         self.ready = False
         await self._health.enter_graceful_shutdown()
         self._handlers.open_streams.drain("shutdown", grace)
+        if isinstance(self._servicer, Drains):
+            self._servicer.drain()
         await self._grpc.stop(grace)
         for task in self._tasks:
             task.cancel()
