@@ -40,6 +40,10 @@ protos: $(VENV)/.installed  ## generate the stubs in clients/ from protos/
 up: $(VENV)/.installed  ## run the mesh in the foreground
 	$(BIN)/agent360-mesh up
 
+.PHONY: demo
+demo: $(VENV)/.installed  ## stream a few hundred requests through the mesh (UPSTREAM=URL MODEL=NAME: a real model)
+	@$(BIN)/agent360-mesh demo $(if $(UPSTREAM),--upstream $(UPSTREAM)) $(if $(MODEL),--model $(MODEL))
+
 .PHONY: bench
 bench: $(VENV)/.installed  ## what a call costs beside bare gRPC
 	$(BIN)/agent360-mesh bench calls

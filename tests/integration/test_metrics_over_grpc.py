@@ -90,8 +90,6 @@ async def test_malformed_requests_name_their_faults(tmp_path: Path) -> None:
         assert fields == {"event.action", "event.resource", "event.event_id"}
         with pytest.raises(InvalidRequestError, match="aggregation"):
             [group async for group in mesh.metrics.query(pb.QueryRequest(name="x"))]
+        request = pb.QueryRequest(name="x", aggregation=pb.AGGREGATION_SUM, page_token="garbage")
         with pytest.raises(MeshError, match="page_token"):
-            request = pb.QueryRequest(
-                name="x", aggregation=pb.AGGREGATION_SUM, page_token="garbage"
-            )
             [group async for group in mesh.metrics.query(request)]

@@ -143,6 +143,11 @@ class InferenceClient:
     def __init__(self, coalescer: Coalescer) -> None:
         self._coalescer = coalescer
 
+    @property
+    def mean_batch_size(self) -> float:
+        """Requests in a message to the service, on average so far."""
+        return self._coalescer.mean_batch_size
+
     async def generate(
         self,
         request: GenerateRequest | str,

@@ -70,6 +70,10 @@ class Session:
         self.superseded = asyncio.Event()
         """Set when no more operations are written to it."""
         self._closing = False
+        self.messages = 0
+        """Messages with operations that were written."""
+        self.items = 0
+        """Operations that were written."""
 
     def wake(self) -> None:
         """There is something to write."""
@@ -209,6 +213,8 @@ class Session:
             else:
                 still_open.update(dict.fromkeys(ids, operation))
             ids.clear()
+        self.messages += 1 if count else 0
+        self.items += count
         return count > 0
 
 

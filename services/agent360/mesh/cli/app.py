@@ -92,6 +92,36 @@ def up(
 
 
 @app.command()
+def sim(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="HTTP port.")] = 8370,
+    ttft: Annotated[float, typer.Option(help="Seconds to the first token.")] = 0.05,
+    itl: Annotated[float, typer.Option(help="Seconds between tokens.")] = 0.005,
+) -> None:
+    """Run a simulator of an OpenAI-compatible model server; its answers are made up."""
+    from agent360.mesh.simulator import SimulatorSettings
+    from agent360.mesh.simulator import run as run_simulator
+
+    settings = SimulatorSettings(host=host, port=port, first_token_s=ttft, inter_token_s=itl)
+    asyncio.run(run_simulator(settings))
+
+
+@app.command()
+def demo(
+    requests: Annotated[Path, typer.Option(help="JSON lines to stream.")] = Path(
+        "examples/agent_requests.jsonl"
+    ),
+    upstream: Annotated[str, typer.Option(help="URL of a real OpenAI-compatible server.")] = "",
+    model: Annotated[str, typer.Option(help="Model of that server.")] = "",
+    hold: Annotated[bool, typer.Option(help="Keep the mesh running afterwards.")] = False,
+) -> None:
+    """Stream a file of agent requests through a mesh of all four services."""
+    from agent360.mesh.cli.demo import run_demo
+
+    raise typer.Exit(run_demo(requests, upstream, model, hold=hold))
+
+
+@app.command()
 def health(
     address: Annotated[str, typer.Option(help="host:port of the service.")] = "127.0.0.1:7360",
     service: Annotated[str, typer.Option(help="Full gRPC service name; empty: overall.")] = "",

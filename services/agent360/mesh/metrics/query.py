@@ -62,7 +62,7 @@ class Point(NamedTuple):
     time_s: float
     value: float
     quantiles: tuple[float, ...]
-    count: int
+    samples: int
 
 
 class Group(NamedTuple):

@@ -37,7 +37,7 @@ class Sample(NamedTuple):
     series: SeriesId
     time_s: float
     value: float
-    count: int
+    weight: int
 
 
 @dataclass(slots=True)
@@ -54,14 +54,14 @@ class Rollup:
 
     def add(self, sample: Sample) -> None:
         """Adds a sample."""
-        self.count += sample.count
-        self.total += sample.value * sample.count
+        self.count += sample.weight
+        self.total += sample.value * sample.weight
         self.least = min(self.least, sample.value)
         self.most = max(self.most, sample.value)
         if sample.time_s >= self.last_time_s:
             self.last, self.last_time_s = sample.value, sample.time_s
         if sample.series.kind is Kind.DISTRIBUTION:
-            self.sketch.add(sample.value, sample.count)
+            self.sketch.add(sample.value, sample.weight)
 
     def merge(self, other: Rollup) -> None:
         """Adds all that another rollup holds."""

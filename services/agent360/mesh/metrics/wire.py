@@ -184,7 +184,7 @@ def group_message(group: Group) -> Any:
     """A wire Group."""
     message = pb.Group(labels=dict(group.labels), unit=group.unit)
     for point in group.points:
-        row = message.points.add(value=point.value, quantiles=point.quantiles, count=point.count)
+        row = message.points.add(value=point.value, quantiles=point.quantiles, count=point.samples)
         row.time.FromNanoseconds(int(point.time_s * 1e9))
     return message
 

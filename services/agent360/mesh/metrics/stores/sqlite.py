@@ -81,7 +81,7 @@ class SqliteStore:
                     (number, start_s, end_s),
                 )
                 for bucket, *values, sketch in found:
-                    rows.append((series, bucket, Rollup(*values, Sketch.from_bytes(sketch))))
+                    rows.append((series, bucket, Rollup(*values, sketch=Sketch.from_bytes(sketch))))
             return rows
 
         return await self._read(read)
@@ -164,7 +164,7 @@ class SqliteStore:
         ).fetchone()
         if row is not None:
             *values, sketch = row
-            known = Rollup(*values, Sketch.from_bytes(sketch))
+            known = Rollup(*values, sketch=Sketch.from_bytes(sketch))
             known.merge(rollup)
             rollup = known
         self._db.execute(
