@@ -68,7 +68,7 @@ def server_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[str
         ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_S * 500),
         ("grpc.http2.max_ping_strikes", 5),
         ("grpc.so_reuseport", 0),
-        # gRPC cancels calls at random beyond 1,000 that wait; the load shedding policy decides here.
+        # gRPC cancels calls at random beyond 1,000 that wait; here load shedding decides.
         ("grpc.server.max_pending_requests", 50_000),
         ("grpc.server.max_pending_requests_hard_limit", 100_000),
     ]

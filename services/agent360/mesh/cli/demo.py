@@ -9,7 +9,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -81,7 +80,7 @@ class Tally:
 
 def run_demo(requests: Path, upstream: str, model: str, *, hold: bool) -> int:
     """Runs the demo; returns 0 only if every request got an answer or a proper denial."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 130)
     try:
         rows = [json.loads(line) for line in requests.read_text().splitlines() if line.strip()]
     except (OSError, json.JSONDecodeError) as error:
@@ -163,7 +162,7 @@ async def _stream_all(rows: list[dict[str, Any]], processes: Supervisor, console
                     tasks.create_task(run(row))
                     await asyncio.sleep(1 / _ARRIVALS_PER_S)
         _print_tallies(tallies, mesh.inference.mean_batch_size, console)
-        await _print_recorded(mesh, sorted(tallies), console)
+        await _print_recorded(mesh, tallies, console)
     _print_addresses(addresses, console)
     return any(tally.failed for tally in tallies.values())
 
@@ -236,21 +235,23 @@ def _print_tallies(tallies: dict[str, Tally], batch_size: float, console: Consol
             console.print(f"{tenant}: {count} failed: {error}", style="red", markup=False)
 
 
-async def _print_recorded(mesh: Mesh, tenants: Iterable[str], console: Console) -> None:
-    """Asks the metrics service what it has recorded of all this."""
+async def _print_recorded(mesh: Mesh, tallies: dict[str, Tally], console: Console) -> None:
+    """Asks the metrics service what it has recorded, until that is everything or 8 s are over."""
     query = metrics_pb2.QueryRequest(
         name="inference_answers_total", aggregation=metrics_pb2.AGGREGATION_SUM
     )
     deadline = time.monotonic() + 8.0
     recorded: dict[str, int] = {}
     while time.monotonic() < deadline:
-        for tenant in tenants:
+        for tenant in sorted(tallies):
             groups = [group async for group in mesh.metrics.query(query, tenant=tenant)]
             recorded[tenant] = int(sum(point.value for group in groups for point in group.points))
-        if all(recorded.values()):
+        if all(count >= tallies[tenant].answered for tenant, count in recorded.items()):
             break
         await asyncio.sleep(0.5)
-    text = ", ".join(f"{tenant} {count}" for tenant, count in recorded.items())
+    text = ", ".join(
+        f"{tenant} {count} of {tallies[tenant].answered}" for tenant, count in recorded.items()
+    )
     console.print(f"answers recorded by the metrics service: {text}")
 
 

@@ -80,8 +80,7 @@ class SqliteStore:
                     "FROM rollups WHERE series = ? AND bucket >= ? AND bucket < ?",
                     (number, start_s, end_s),
                 )
-                for bucket, *values, sketch in found:
-                    rows.append((series, bucket, Rollup(*values, sketch=Sketch.from_bytes(sketch))))
+                rows += [(series, int(row[0]), _rollup(row[1:])) for row in found]
             return rows
 
         return await self._read(read)
@@ -163,8 +162,7 @@ class SqliteStore:
             (number, bucket),
         ).fetchone()
         if row is not None:
-            *values, sketch = row
-            known = Rollup(*values, sketch=Sketch.from_bytes(sketch))
+            known = _rollup(row)
             known.merge(rollup)
             rollup = known
         self._db.execute(
@@ -258,6 +256,11 @@ class SqliteStore:
             raise
         self._db.execute("COMMIT")
         return results
+
+
+def _rollup(row: Any) -> Rollup:
+    count, total, least, most, last, last_time_s, sketch = row
+    return Rollup(count, total, least, most, last, last_time_s, Sketch.from_bytes(sketch))
 
 
 def _open(path: str) -> sqlite3.Connection:
