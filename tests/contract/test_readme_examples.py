@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from agent360.mesh.bench.calls import free_ports
 from agent360.mesh.cli.supervisor import Supervisor
 from agent360.mesh.services import NAMES, service_kind
@@ -17,7 +18,7 @@ from agent360.mesh.services import NAMES, service_kind
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 GRPCURL = shutil.which("grpcurl") or shutil.which("grpcurl", path=ROOT / ".cache/bin")
-EXAMPLES = re.findall(r"```grpcurl\n(.+?)\n```", README, re.S)
+EXAMPLES = re.findall(r"```grpcurl\n(.+?)\n```", README, re.DOTALL)
 EXPECTED = ("SERVING", "stored", "OUTCOME_HIT", "allowed", "must not be empty", "event_id")
 
 pytestmark = pytest.mark.skipif(GRPCURL is None, reason="grpcurl is not installed")
@@ -56,7 +57,7 @@ def test_every_example_says_what_it_is_expected_to(ports: dict[str, str]) -> Non
 
 
 def test_the_client_example_runs_as_pasted(ports: dict[str, str], tmp_path: Path) -> None:
-    (example,) = re.findall(r"```python\n(.+?)\n```", README, re.S)
+    (example,) = re.findall(r"```python\n(.+?)\n```", README, re.DOTALL)
     script = tmp_path / "example.py"
     script.write_text(example)
     run = subprocess.run(

@@ -7,10 +7,11 @@ from typing import Any
 
 import grpc
 import pytest
+from support.servers import running
+
 from agent360.cache.v1 import cache_pb2 as pb
 from agent360.client.channel import open_channel
 from agent360.mesh.runtime.policies.authentication import hash_key
-from support.servers import running
 
 PIPELINE = "/agent360.cache.v1.CacheService/Pipeline"
 

@@ -382,6 +382,8 @@ class PipelineStream:
             work.close()
             return
         item.task = self._spawn(self._work_alone(item, work))
+        # A task that is cancelled before its first step never touches the work.
+        item.task.add_done_callback(lambda _: work.close())
 
     @property
     def full(self) -> bool:
