@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from agent360.mesh.embedded import embedded
+    from agent360.mesh.inprocess import embedded
 
 __all__ = ["embedded"]
 
@@ -11,7 +11,7 @@ __all__ = ["embedded"]
 def __getattr__(name: str) -> Any:
     """Imports ``embedded`` when it is asked for: the rest of the package does not need it."""
     if name == "embedded":
-        from agent360.mesh.embedded import embedded  # noqa: PLC0415
+        from agent360.mesh.inprocess import embedded  # noqa: PLC0415
 
         return embedded
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
