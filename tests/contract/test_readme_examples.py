@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from agent360.mesh.bench.calls import free_ports
 from agent360.mesh.cli.supervisor import Supervisor
+from agent360.mesh.free_ports import free_ports
 from agent360.mesh.services import NAMES, service_kind
 
 ROOT = Path(__file__).parents[2]

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from agent360.client import Mesh
+from agent360.mesh.free_ports import free_ports
 from agent360.mesh.runtime.server import Server
 from agent360.mesh.services import NAMES, service_kind
 
@@ -39,16 +40,18 @@ async def embedded(
         raise ValueError(f"there is no service {unknown[0]!r}; known: {', '.join(NAMES)}")
     service_key = secrets.token_urlsafe(32)
     servers: dict[str, Server] = {}
-    addresses: dict[str, Any] = {"api_key": service_key}
+    ports = dict(zip(NAMES, free_ports(len(NAMES)), strict=True))
+    addresses: dict[str, Any] = {name: f"127.0.0.1:{port}" for name, port in ports.items()}
+    addresses["api_key"] = service_key
     try:
         for name in NAMES:
             kind = service_kind(name)
-            values = {**_EMBEDDED, **_DEFAULTS.get(name, {}), **given.get(name, {})}
+            defaults = {**_EMBEDDED, "port": ports[name], **_DEFAULTS.get(name, {})}
+            values = {**defaults, **given.get(name, {})}
             values["mesh"] = {**addresses, **values.get("mesh", {})}
             server = Server(kind.settings.model_validate(values), kind.servicer)
             await server.start()
             servers[name] = server
-            addresses[name] = server.address
         async with Mesh.connect(
             inference=servers["inference"].address,
             cache=servers["cache"].address,

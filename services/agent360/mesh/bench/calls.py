@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import statistics
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from agent360.mesh.bench.bare import (
     key_of,
 )
 from agent360.mesh.cli.supervisor import Supervisor
+from agent360.mesh.free_ports import free_ports
 
 TASKS: Final = (1, 64, 256, 1024)
 MESSAGE_ITEMS: Final = 1_000
@@ -255,22 +255,6 @@ def flatten(found: dict[str, Results]) -> dict[str, float]:
             flat[f"{key}_coalesced_{tasks}"] = ratio("coalesced", "bare_unary", tasks)
         flat[f"{key}_many_{MESSAGE_ITEMS}"] = ratio("many", "bare_many", MESSAGE_ITEMS)
     return {name: round(value, 3) for name, value in flat.items()}
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports on loopback that nobody uses, whose HTTP neighbours (1,000 above) are free too."""
-    found: list[int] = []
-    while len(found) < count:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port = first.getsockname()[1]
-            try:
-                second.bind(("127.0.0.1", port + 1000))
-            except (OSError, OverflowError):
-                continue
-            if port not in found:
-                found.append(port)
-    return found
 
 
 @asynccontextmanager

@@ -26,8 +26,8 @@ from agent360.client import (
     Message,
     Tool,
 )
-from agent360.mesh.bench.calls import free_ports
 from agent360.mesh.cli.supervisor import Supervisor
+from agent360.mesh.free_ports import free_ports
 from agent360.mesh.services import NAMES, service_kind
 from agent360.mesh.simulator import Simulator, SimulatorSettings
 from agent360.metrics.v1 import metrics_pb2
