@@ -44,6 +44,10 @@ up: $(VENV)/.installed  ## run the mesh in the foreground
 demo: $(VENV)/.installed  ## stream a few hundred requests through the mesh (UPSTREAM=URL MODEL=NAME: a real model)
 	@$(BIN)/agent360-mesh demo $(if $(UPSTREAM),--upstream $(UPSTREAM)) $(if $(MODEL),--model $(MODEL))
 
+.PHONY: containers
+containers:  ## build the container images of the four services
+	@scripts/containers.sh
+
 .PHONY: bench
 bench: $(VENV)/.installed  ## what a call costs beside bare gRPC
 	$(BIN)/agent360-mesh bench calls

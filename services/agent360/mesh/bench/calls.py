@@ -212,19 +212,22 @@ async def _measure_subject(
 async def _run_tasks(
     call: Callable[[int], Awaitable[None]], tasks: int, seconds: float, series: Series
 ) -> None:
-    """Runs ``tasks`` tasks that call one after another, for a while."""
+    """Runs ``tasks`` tasks that call one after another, for a while and at least once."""
     done = 0
     latencies: list[float] = []
     end = time.perf_counter() + seconds
 
     async def work(first: int) -> None:
         nonlocal done
-        number = first
-        while (started := time.perf_counter()) < end:
+        number, started = first, time.perf_counter()
+        while True:
             await call(number)
-            latencies.append(time.perf_counter() - started)
-            number += tasks
+            ended = time.perf_counter()
+            latencies.append(ended - started)
             done += 1
+            if ended >= end:
+                return
+            number, started = number + tasks, ended
 
     started = time.perf_counter()
     await asyncio.gather(*(work(first) for first in range(tasks)))
@@ -235,7 +238,7 @@ async def _run_tasks(
 async def _run_many(many: Callable[[int], Awaitable[None]], seconds: float, series: Series) -> None:
     done, count = 0, 20 * MESSAGE_ITEMS
     started = time.perf_counter()
-    while time.perf_counter() - started < seconds:
+    while not done or time.perf_counter() - started < seconds:
         await many(count)
         done += count
     series.per_s.append(done / (time.perf_counter() - started))

@@ -123,10 +123,15 @@ def demo(
 
 @app.command()
 def health(
-    address: Annotated[str, typer.Option(help="host:port of the service.")] = "127.0.0.1:7360",
+    address: Annotated[
+        str, typer.Option(envvar="AGENT360_HEALTH_ADDRESS", help="host:port of the service.")
+    ] = "127.0.0.1:7360",
     service: Annotated[str, typer.Option(help="Full gRPC service name; empty: overall.")] = "",
     timeout: Annotated[float, typer.Option(help="Seconds to wait.")] = 2.0,
-    ca: Annotated[Path | None, typer.Option(help="PEM file to trust; TLS is used.")] = None,
+    ca: Annotated[
+        Path | None,
+        typer.Option(envvar="AGENT360_HEALTH_CA", help="PEM file to trust; TLS is used."),
+    ] = None,
 ) -> None:
     """Ask a service whether it is serving; exit code 0 if it is."""
     from agent360.mesh.cli.prober import probe
