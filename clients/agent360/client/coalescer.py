@@ -22,7 +22,7 @@ from agent360.client.errors import (
     UnavailableError,
     from_rpc_error,
 )
-from agent360.client.lane import Lane
+from agent360.client.lane import Lane, client_closed
 from agent360.client.operation import Facts, Operation, SingleOperation
 from agent360.client.session import Bounds
 
@@ -153,6 +153,8 @@ class Coalescer:
 
     def prepare(self, operation: Operation, timeout: float | None, tenant: str | None) -> None:
         """Gives an operation its facts and deadline, from the arguments and the current scope."""
+        if self._closed:
+            raise client_closed()
         scope = current_scope()
         now = self._loop.time()
         deadline = now + (self._options.default_timeout_s if timeout is None else timeout)
@@ -282,7 +284,7 @@ class Coalescer:
         await asyncio.gather(*(lane.close(grace_s) for lane in self._lanes.values()))
         for task in self._background:
             task.cancel()
-        error = UnavailableError("the client was closed", reason="CLIENT_CLOSED")
+        error = client_closed()
         for operation in self._homeless:
             operation.fail(error)
         for turn in self._turns:
@@ -301,6 +303,8 @@ class Coalescer:
     async def _rpc(
         self, timeout: float | None, tenant: str | None
     ) -> tuple[grpc.aio.Channel, list[tuple[str, str]], float]:
+        if self._closed:
+            raise client_closed()
         scope = current_scope()
         facts = self._facts_of(scope, tenant)
         remaining = self._options.default_timeout_s if timeout is None else timeout
@@ -410,6 +414,10 @@ class Coalescer:
 
     def _rehome(self, origin: Lane, operations: list[Operation]) -> None:
         """Finds lanes for operations whose stream could not be opened or broke."""
+        if self._closed:
+            for operation in operations:
+                operation.fail(client_closed())
+            return
         now = self._loop.time()
         for operation in operations:
             lane = self._choose()

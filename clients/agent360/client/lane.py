@@ -120,7 +120,7 @@ class Lane:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(self._keeper, *self._tasks, return_exceptions=True)
-        error = UnavailableError("the client was closed", reason="CLIENT_CLOSED")
+        error = client_closed()
         for operation in self.operations():
             operation.fail(error)
         await self.channel.close()
@@ -226,6 +226,11 @@ class Lane:
     def _on_answer(self) -> None:
         self.failures = 0
         self.down_since = None
+
+
+def client_closed() -> MeshError:
+    """What calls end with that a closed client cannot make any more."""
+    return UnavailableError("the client was closed", reason="CLIENT_CLOSED")
 
 
 def _is_refusal(error: MeshError | None) -> bool:

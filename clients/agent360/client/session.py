@@ -82,7 +82,9 @@ class Session:
     def withdraw(self, operation: Operation) -> None:
         """Tells the service that nobody waits for an operation any more."""
         for item_id in operation.ids():
-            if self.open.pop(item_id, None) is not None:
+            # The id may be another operation's here: each stream counts its own.
+            if self.open.get(item_id) is operation:
+                del self.open[item_id]
                 self._cancels.append(item_id)
         self._wake.set()
 
@@ -142,6 +144,8 @@ class Session:
         """Writes what waits; what comes while a message is being written goes out in the next."""
         call = self._call
         try:
+            # What is taken from ``pending`` after this has left; before, it is safe to send elsewhere.
+            await call.wait_for_connection()
             while True:
                 await self._wake.wait()
                 message = self._gather()

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Awaitable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import grpc
 import structlog
@@ -32,6 +32,7 @@ from agent360.mesh.runtime.validation import seconds_of
 PRIORITIES: Final = (Priority.NORMAL, Priority.LOW, Priority.NORMAL, Priority.HIGH)
 _RESULT_OVERHEAD_BYTES: Final = 64
 _SLICE_ITEMS: Final = 128
+_FAREWELL_S: Final = 1.0
 _OK: Final = grpc.StatusCode.OK
 
 
@@ -520,10 +521,22 @@ class PipelineStream:
             self._cut(UnavailableError("the connection broke"))
 
 
-async def abort(context: Any, error: MeshError) -> None:
-    """Ends an RPC with an error and its details."""
-    await context.abort(
-        error.code,
-        error.message,
-        (("grpc-status-details-bin", error.to_status().SerializeToString()),),
-    )
+async def abort(context: Any, error: MeshError) -> NoReturn:
+    """Ends an RPC with an error and its details; where the caller does not take them, without.
+
+    Raises:
+        grpc.aio.AbortError: the caller was told.
+        asyncio.CancelledError: the caller is gone, or reads nothing.
+    """
+    try:
+        async with asyncio.timeout(_FAREWELL_S):
+            await context.abort(
+                error.code,
+                error.message,
+                (("grpc-status-details-bin", error.to_status().SerializeToString()),),
+            )
+    except grpc.aio.AbortError:
+        raise
+    except Exception:  # noqa: BLE001 - whatever the transport raises, nobody is there to be told
+        pass
+    raise asyncio.CancelledError
