@@ -13,4 +13,17 @@ if [ ! -x "$tools/grpcurl" ] && ! command -v grpcurl >/dev/null; then
     echo "go is not at hand: tests with grpcurl are skipped"
   fi
 fi
+packages=()
+for program in redis-server podman debootstrap openssl; do
+  command -v "$program" >/dev/null || packages+=("$program")
+done
+command -v runc >/dev/null || command -v crun >/dev/null || packages+=(runc)
+if [ ${#packages[@]} -gt 0 ]; then
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "${packages[@]}"; } >.cache/apt.log 2>&1 ||
+      echo "not installed (.cache/apt.log says why): ${packages[*]}; tests with these are skipped"
+  else
+    echo "not at hand: ${packages[*]}; tests with these are skipped"
+  fi
+fi
 exit 0

@@ -3,8 +3,9 @@
 import os
 
 import pytest
+from support.containers import NO_BASE_IMAGE, NO_PODMAN, NOT_ALLOWED
 
-EXPECTED_SKIPS: frozenset[str] = frozenset()
+EXPECTED_SKIPS = frozenset({NO_PODMAN, NO_BASE_IMAGE, NOT_ALLOWED})
 """Reasons of skips that are fine in strict mode."""
 
 _unexpected: list[str] = []

@@ -144,7 +144,7 @@ class Session:
         """Writes what waits; what comes while a message is being written goes out in the next."""
         call = self._call
         try:
-            # What is taken from ``pending`` after this has left; before, it is safe to send elsewhere.
+            # What is taken from ``pending`` after this may have left; before, nothing has.
             await call.wait_for_connection()
             while True:
                 await self._wake.wait()

@@ -50,7 +50,6 @@ def serve(
     assignments: Assignments = None,
 ) -> None:
     """Run one service until SIGTERM."""
-    from agent360.mesh.runtime.memory import tune_garbage_collection
     from agent360.mesh.runtime.server import Server
     from agent360.mesh.runtime.telemetry import configure_logging
 
@@ -68,13 +67,8 @@ def serve(
     except (ConfigError, ValueError) as error:
         fail(str(error))
 
-    async def run() -> None:
-        await server.start()
-        tune_garbage_collection()
-        await server.run_until_signal()
-
     try:
-        asyncio.run(run())
+        asyncio.run(server.run_until_signal())
     except (RuntimeError, OSError) as error:
         fail(f"{service} could not start: {error}")
 

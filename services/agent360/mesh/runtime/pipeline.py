@@ -528,15 +528,12 @@ async def abort(context: Any, error: MeshError) -> NoReturn:
         grpc.aio.AbortError: the caller was told.
         asyncio.CancelledError: the caller is gone, or reads nothing.
     """
+    details = ("grpc-status-details-bin", error.to_status().SerializeToString())
     try:
         async with asyncio.timeout(_FAREWELL_S):
-            await context.abort(
-                error.code,
-                error.message,
-                (("grpc-status-details-bin", error.to_status().SerializeToString()),),
-            )
+            await context.abort(error.code, error.message, (details,))
     except grpc.aio.AbortError:
         raise
-    except Exception:  # noqa: BLE001 - whatever the transport raises, nobody is there to be told
-        pass
-    raise asyncio.CancelledError
+    except Exception as failure:
+        raise asyncio.CancelledError from failure
+    raise AssertionError("an abort raises")

@@ -21,6 +21,7 @@ from agent360.client.channel import server_options
 from agent360.mesh.runtime.admin import AdminServer
 from agent360.mesh.runtime.handlers import HandlerFactory
 from agent360.mesh.runtime.interceptor import Compression, PolicyInterceptor
+from agent360.mesh.runtime.memory import tune_garbage_collection
 from agent360.mesh.runtime.policies import Policies, Policy
 from agent360.mesh.runtime.policies.access import AccessPolicy
 from agent360.mesh.runtime.policies.authentication import AuthenticationPolicy, Authenticator
@@ -70,7 +71,6 @@ class Server:
 
     Example:
         >>> server = Server(CacheSettings(), CacheServicer)
-        >>> await server.start()
         >>> await server.run_until_signal()
     """
 
@@ -126,6 +126,12 @@ class Server:
         self._mesh = self._given_mesh or connect_mesh(settings)
         context = ServiceContext(mesh=self._mesh, registry=self.registry, log=self.log)
         self._servicer = self._factory(settings, context)
+        measurements: Measurements = (
+            self._servicer.measurements
+            if isinstance(self._servicer, MeasuresItself)
+            else self._mesh.metrics
+        )
+        self._report = SelfReport(self._red, measurements, settings.service)
         policies = Policies(self._policies())
         self._handlers = HandlerFactory(settings, policies, self.log)
         self._grpc = self._build(policies)
@@ -134,12 +140,6 @@ class Server:
         self.port = self._bind(f"{settings.host}:{self._wanted(settings.port, 0)}")
         await self._grpc.start()
         await self._servicer.start()
-        measurements: Measurements = (
-            self._servicer.measurements
-            if isinstance(self._servicer, MeasuresItself)
-            else self._mesh.metrics
-        )
-        self._report = SelfReport(self._red, measurements, settings.service)
         self._tasks.append(asyncio.create_task(self._report.run()))
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         self.ready = True
@@ -170,7 +170,13 @@ class Server:
         self.log.info("stopped")
 
     async def run_until_signal(self) -> None:
-        """Serves until SIGTERM or SIGINT, then stops in order; a second signal exits at once."""
+        """Starts and serves until SIGTERM or SIGINT, then stops in order.
+
+        A signal while it starts stops it then; a second one exits at once.
+
+        Raises:
+            RuntimeError: a port is taken.
+        """
         asked = asyncio.Event()
         loop = asyncio.get_running_loop()
 
@@ -182,7 +188,16 @@ class Server:
 
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, on_signal)
-        await asked.wait()
+        waiting = asyncio.create_task(asked.wait())
+        starting = asyncio.create_task(self.start())
+        await asyncio.wait((starting, waiting), return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            await starting
+            tune_garbage_collection()
+            await waiting
+        else:
+            starting.cancel()
+            await asyncio.wait((starting,))
         await self.stop()
 
     # ---------------------------------------------------------------- building
