@@ -30,11 +30,16 @@ check: $(VENV)/.installed  ## lint, types, proto lint, stub drift and import rul
 	$(BIN)/mypy
 	scripts/protos.sh lint
 	scripts/protos.sh drift
+	$(BIN)/python scripts/synchronous.py --check
 	$(BIN)/lint-imports --no-cache
 
 .PHONY: protos
 protos: $(VENV)/.installed  ## generate the stubs in clients/ from protos/
 	scripts/protos.sh generate clients
+
+.PHONY: synchronous
+synchronous: $(VENV)/.installed  ## generate the synchronous clients from the asynchronous ones
+	$(BIN)/python scripts/synchronous.py
 
 .PHONY: up
 up: $(VENV)/.installed  ## run the mesh in the foreground

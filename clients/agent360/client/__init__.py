@@ -21,6 +21,7 @@ from agent360.client.errors import (
 from agent360.client.inference import InferenceClient
 from agent360.client.mesh import Mesh
 from agent360.client.ratelimit import CheckRequest, Decision, RateLimitClient
+from agent360.client.synchronous import SyncMesh
 
 __all__ = [
     "Answer",
@@ -43,6 +44,7 @@ __all__ = [
     "Priority",
     "RateLimitClient",
     "RateLimitedError",
+    "SyncMesh",
     "Tls",
     "Tool",
     "ToolCall",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator
+from contextlib import aclosing
 from itertools import chain, islice
 from typing import Any, Generic, TypeVar
 
@@ -70,17 +71,25 @@ class Results(Generic[T]):
         self._held: list[Any] = []
         self._exhausted = False
 
-    async def __aiter__(self) -> AsyncIterator[tuple[int, T | MeshError]]:
+    async def __aiter__(self) -> AsyncGenerator[tuple[int, T | MeshError], None]:
         """Yields each result with the index of its request, in the order they arrive."""
+        async with aclosing(self.batches()) as batches:
+            async for batch in batches:
+                for each in batch:
+                    yield each
+
+    async def batches(self) -> AsyncGenerator[list[tuple[int, T | MeshError]], None]:
+        """Yields what has arrived since the last time, at least one result at a time."""
         ready = self._sink.ready
         try:
             while True:
                 await self._send_more()
                 while ready:
-                    taken = len(ready)
-                    for _ in range(taken):
-                        yield ready.popleft()
-                    self._answered(taken)
+                    batch = list(ready)
+                    ready.clear()
+                    yield batch
+                    self._answered(len(batch))
+                    await self._send_more()
                 if self._outstanding:
                     await self._sink.wait()
                 elif self._exhausted:
@@ -94,22 +103,9 @@ class Results(Generic[T]):
 
     async def _gather(self) -> list[T | MeshError]:
         found: dict[int, T | MeshError] = {}
-        ready = self._sink.ready
-        try:
-            while True:
-                await self._send_more()
-                while ready:
-                    taken = len(ready)
-                    found.update(ready)
-                    ready.clear()
-                    self._answered(taken)
-                    await self._send_more()
-                if self._outstanding:
-                    await self._sink.wait()
-                elif self._exhausted:
-                    break
-        finally:
-            self._withdraw()
+        async with aclosing(self.batches()) as batches:
+            async for batch in batches:
+                found.update(batch)
         return [found[index] for index in range(len(found))]
 
     async def _send_more(self) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from typing import Any
 
-from agent360.client import Mesh
+from agent360.client import Mesh, SyncMesh
+from agent360.client.portal import Portal
 from agent360.mesh.free_ports import free_ports
 from agent360.mesh.runtime.server import Server
 from agent360.mesh.services import NAMES, service_kind
@@ -63,6 +64,39 @@ async def embedded(
             yield mesh
     finally:
         await asyncio.gather(*(server.stop() for server in reversed(servers.values())))
+
+
+@contextmanager
+def embedded_sync(
+    *,
+    tenant: str = "default",
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Iterator[SyncMesh]:
+    """Runs the four services on a thread and hands back a connected SyncMesh.
+
+    Example:
+        >>> with embedded_sync(tenant="acme") as mesh:
+        ...     mesh.cache.set("greeting", b"hello")
+
+    Args:
+        tenant: as in ``embedded``.
+        settings: as in ``embedded``.
+    """
+    services = embedded(tenant=tenant, settings=settings)
+    with Portal() as portal:
+        mesh = portal.run(_entered(services))
+        try:
+            yield SyncMesh(mesh, portal)
+        finally:
+            portal.run(_left(services))
+
+
+async def _entered(services: AbstractAsyncContextManager[Mesh]) -> Mesh:
+    return await services.__aenter__()
+
+
+async def _left(services: AbstractAsyncContextManager[Mesh]) -> None:
+    await services.__aexit__(None, None, None)
 
 
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {

@@ -1,0 +1,905 @@
+"""The clients for code without an event loop: scripts and notebooks.
+
+Generated from the asynchronous clients by scripts/synchronous.py; do not edit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
+from types import TracebackType
+from typing import Self
+
+from agent360.audit.v1 import audit_pb2
+from agent360.cache.v1 import cache_pb2
+from agent360.client.audit import AuditClient, AuditEvent
+from agent360.client.cache import (
+    DEFAULT_NAMESPACE,
+    CacheClient,
+    Claim,
+    Entry,
+    Invalidated,
+    Lookup,
+    Stored,
+)
+from agent360.client.channel import MAX_MESSAGE_BYTES, Tls
+from agent360.client.chat import Answer, GenerateRequest
+from agent360.client.errors import MeshError
+from agent360.client.inference import Embeddings, InferenceClient, TokenCount
+from agent360.client.mesh import Addresses, Mesh
+from agent360.client.metrics import Labels, MetricsClient
+from agent360.client.portal import Portal, SyncAnswerStream, SyncResults
+from agent360.client.ratelimit import (
+    CheckRequest,
+    Decision,
+    Descriptor,
+    RateLimitClient,
+    Reservation,
+    Settlement,
+    Slot,
+)
+from agent360.client.session import Bounds
+from agent360.inference.v1 import inference_pb2
+from agent360.metrics.v1 import metrics_pb2
+from agent360.ratelimit.v1 import ratelimit_pb2
+
+
+class SyncCacheClient:
+    """Reads and writes entries of the caller's tenant.
+
+    Example:
+        >>> mesh.cache.set("plan:42", b"...", ttl=60)
+        >>> lookup = mesh.cache.get("plan:42")
+        >>> lookup.value if lookup.hit else None
+        b'...'
+    """
+
+    def __init__(self, client: CacheClient, portal: Portal) -> None:
+        """``SyncMesh.cache`` is one.
+
+        Args:
+            client: makes the calls.
+            portal: runs them.
+        """
+        self._client = client
+        self._portal = portal
+
+    def get(
+        self,
+        key: str,
+        *,
+        namespace: str = DEFAULT_NAMESPACE,
+        allow_stale: bool = False,
+        include_tags: bool = False,
+        timeout: float | None = None,
+        tenant: str | None = None,
+    ) -> Lookup:
+        """Reads one entry.
+
+        Args:
+            key: within the namespace; 1 to 1,024 bytes.
+            namespace: groups keys; 1 to 128 bytes.
+            allow_stale: whether a value past its TTL may be returned.
+            include_tags: whether the entry's tags are wanted.
+            timeout: seconds; None: what remains in the current scope, or the default.
+            tenant: on whose behalf; None: that of the current scope, or the Mesh's.
+
+        Raises:
+            MeshError: the service could not be asked. A miss is a result, not an error.
+        """
+        return self._portal.run(
+            self._client.get(
+                key,
+                namespace=namespace,
+                allow_stale=allow_stale,
+                include_tags=include_tags,
+                timeout=timeout,
+                tenant=tenant,
+            )
+        )
+
+    def set(
+        self,
+        key: str,
+        value: bytes,
+        *,
+        namespace: str = DEFAULT_NAMESPACE,
+        ttl: float | None = None,
+        stale_ttl: float | None = None,
+        content_type: str = "",
+        tags: Sequence[str] = (),
+        if_absent: bool = False,
+        if_version: int | None = None,
+        timeout: float | None = None,
+        tenant: str | None = None,
+    ) -> Stored:
+        """Writes one entry.
+
+        Args:
+            key: within the namespace; 1 to 1,024 bytes.
+            value: may be empty; at most the service's max_value_bytes.
+            namespace: groups keys; 1 to 128 bytes.
+            ttl: seconds that the entry is fresh; None: the service's default.
+            stale_ttl: seconds after its TTL that it may be served stale.
+            content_type: media type of the value.
+            tags: labels for ``invalidate``.
+            if_absent: store only if there is no fresh entry.
+            if_version: store only if the entry has this version.
+            timeout: as in ``get``.
+            tenant: as in ``get``.
+
+        Raises:
+            MeshError: the entry is not valid, or the service could not be asked.
+        """
+        return self._portal.run(
+            self._client.set(
+                key,
+                value,
+                namespace=namespace,
+                ttl=ttl,
+                stale_ttl=stale_ttl,
+                content_type=content_type,
+                tags=tags,
+                if_absent=if_absent,
+                if_version=if_version,
+                timeout=timeout,
+                tenant=tenant,
+            )
+        )
+
+    def delete(
+        self,
+        key: str,
+        *,
+        namespace: str = DEFAULT_NAMESPACE,
+        timeout: float | None = None,
+        tenant: str | None = None,
+    ) -> bool:
+        """Removes one entry; returns whether there was one."""
+        return self._portal.run(
+            self._client.delete(key, namespace=namespace, timeout=timeout, tenant=tenant)
+        )
+
+    def get_many(
+        self,
+        keys: Iterable[str],
+        *,
+        namespace: str = DEFAULT_NAMESPACE,
+        allow_stale: bool = False,
+        timeout: float | None = None,
+        tenant: str | None = None,
+    ) -> SyncResults[Lookup]:
+        """Reads many entries; see ``Results``."""
+        return SyncResults(
+            self._portal,
+            self._portal.call(
+                self._client.get_many,
+                keys,
+                namespace=namespace,
+                allow_stale=allow_stale,
+                timeout=timeout,
+                tenant=tenant,
+            ),
+        )
+
+    def set_many(
+        self,
+        entries: Iterable[Entry],
+        *,
+        namespace: str = DEFAULT_NAMESPACE,
+        timeout: float | None = None,
+        tenant: str | None = None,
+    ) -> SyncResults[Stored]:
+        """Writes many entries; see ``Results``."""
+        return SyncResults(
+            self._portal,
+            self._portal.call(
+                self._client.set_many, entries, namespace=namespace, timeout=timeout, tenant=tenant
+            ),
+        )
+
+    def claim(
+        self,
+        key: str,
+        *,
+        namespace: str = DEFAULT_NAMESPACE,
+        allow_stale: bool = False,
+        fill_timeout: float | None = None,
+        timeout: float | None = None,
+        tenant: str | None = None,
+    ) -> Claim:
+        """Reads an entry or, where it is missing, becomes the one caller that fills it.
+
+        All other callers wait for the fill until their deadline, or take the stale value where
+        they allow it.
+
+        Args:
+            key: within the namespace.
+            namespace: groups keys.
+            allow_stale: whether to take a stale value instead of waiting.
+            fill_timeout: seconds that the fill may take before the next caller gets the claim.
+            timeout: as in ``get``.
+            tenant: as in ``get``.
+        """
+        return self._portal.run(
+            self._client.claim(
+                key,
+                namespace=namespace,
+                allow_stale=allow_stale,
+                fill_timeout=fill_timeout,
+                timeout=timeout,
+                tenant=tenant,
+            )
+        )
+
+    def fill(
+        self,
+        fill_token: str,
+        key: str,
+        value: bytes,
+        *,
+        namespace: str = DEFAULT_NAMESPACE,
+        ttl: float | None = None,
+        stale_ttl: float | None = None,
+        content_type: str = "",
+        tags: Sequence[str] = (),
+        timeout: float | None = None,
+        tenant: str | None = None,
+    ) -> Stored:
+        """Stores the value that a claim asked for; not stored if the claim expired meanwhile."""
+        return self._portal.run(
+            self._client.fill(
+                fill_token,
+                key,
+                value,
+                namespace=namespace,
+                ttl=ttl,
+                stale_ttl=stale_ttl,
+                content_type=content_type,
+                tags=tags,
+                timeout=timeout,
+                tenant=tenant,
+            )
+        )
+
+    def fail(
+        self,
+        fill_token: str,
+        error: MeshError,
+        *,
+        timeout: float | None = None,
+        tenant: str | None = None,
+    ) -> None:
+        """Gives a claim up: the next caller that waits gets it."""
+        self._portal.run(self._client.fail(fill_token, error, timeout=timeout, tenant=tenant))
+
+    def invalidate(
+        self,
+        *,
+        namespace: str = DEFAULT_NAMESPACE,
+        keys: Sequence[str] | None = None,
+        prefix: str | None = None,
+        tags: Sequence[str] | None = None,
+        timeout: float | None = None,
+        tenant: str | None = None,
+    ) -> Invalidated:
+        """Removes entries by keys, prefix or tags; without any of them, the whole namespace.
+
+        Raises:
+            ValueError: more than one of keys, prefix and tags is given.
+            MeshError: the service could not be asked.
+        """
+        return self._portal.run(
+            self._client.invalidate(
+                namespace=namespace,
+                keys=keys,
+                prefix=prefix,
+                tags=tags,
+                timeout=timeout,
+                tenant=tenant,
+            )
+        )
+
+    def stats(
+        self,
+        *,
+        namespaces: Sequence[str] = (),
+        page_size: int = 0,
+        timeout: float | None = None,
+        tenant: str | None = None,
+    ) -> Iterator[cache_pb2.NamespaceStats]:
+        """Yields hits, misses, bytes and more for each namespace of the tenant."""
+        return self._portal.iterate(
+            self._client.stats(
+                namespaces=namespaces, page_size=page_size, timeout=timeout, tenant=tenant
+            )
+        )
+
+
+class SyncRateLimitClient:
+    """Asks whether something may be done now.
+
+    Example:
+        >>> decision = mesh.ratelimit.check("search", descriptor={"user": "u1"})
+        >>> if not decision.allowed:
+        ...     raise TooManyRequests(decision.retry_after_s)
+    """
+
+    def __init__(self, client: RateLimitClient, portal: Portal) -> None:
+        """``SyncMesh.ratelimit`` is one.
+
+        Args:
+            client: makes the calls.
+            portal: runs them.
+        """
+        self._client = client
+        self._portal = portal
+
+    def check(
+        self,
+        name: str,
+        *,
+        hits: int = 1,
+        descriptor: Descriptor | None = None,
+        allow_partial: bool = False,
+        timeout: float | None = None,
+        tenant: str | None = None,
+    ) -> Decision:
+        """Decides one request and charges it to every limit that applies, or to none.
+
+        Args:
+            name: what is to be done; limits are matched by it.
+            hits: how much is charged; 0 looks without charging.
+            descriptor: facts for matching, such as ``{"user": "u1"}``.
+            allow_partial: whether fewer hits than asked for may be granted.
+            timeout: seconds; None: what remains in the current scope, or the default.
+            tenant: on whose behalf; None: that of the current scope, or the Mesh's.
+
+        Raises:
+            MeshError: the service could not be asked. A denial is a result, not an error.
+        """
+        return self._portal.run(
+            self._client.check(
+                name,
+                hits=hits,
+                descriptor=descriptor,
+                allow_partial=allow_partial,
+                timeout=timeout,
+                tenant=tenant,
+            )
+        )
+
+    def check_many(
+        self,
+        requests: Iterable[CheckRequest],
+        *,
+        timeout: float | None = None,
+        tenant: str | None = None,
+    ) -> SyncResults[Decision]:
+        """Decides many requests, each on its own; see ``Results``."""
+        return SyncResults(
+            self._portal,
+            self._portal.call(self._client.check_many, requests, timeout=timeout, tenant=tenant),
+        )
+
+    def reserve(
+        self,
+        name: str,
+        tokens: int,
+        *,
+        descriptor: Descriptor | None = None,
+        ttl: float | None = None,
+        timeout: float | None = None,
+        tenant: str | None = None,
+    ) -> Reservation:
+        """Sets an estimated number of tokens aside; ``settle`` must follow.
+
+        Args:
+            name: what is to be done.
+            tokens: the estimate.
+            descriptor: facts for matching.
+            ttl: seconds after which an unsettled reservation counts as spent.
+            timeout: as in ``check``.
+            tenant: as in ``check``.
+        """
+        return self._portal.run(
+            self._client.reserve(
+                name, tokens, descriptor=descriptor, ttl=ttl, timeout=timeout, tenant=tenant
+            )
+        )
+
+    def settle(
+        self,
+        reservation_id: str,
+        tokens: int,
+        *,
+        timeout: float | None = None,
+        tenant: str | None = None,
+    ) -> Settlement:
+        """Replaces a reservation by what was really used; repeating it changes nothing."""
+        return self._portal.run(
+            self._client.settle(reservation_id, tokens, timeout=timeout, tenant=tenant)
+        )
+
+    def acquire(
+        self,
+        name: str,
+        *,
+        slots: int = 1,
+        descriptor: Descriptor | None = None,
+        ttl: float | None = None,
+        timeout: float | None = None,
+        tenant: str | None = None,
+    ) -> Slot:
+        """Takes concurrency slots; ``release`` gives them back."""
+        return self._portal.run(
+            self._client.acquire(
+                name, slots=slots, descriptor=descriptor, ttl=ttl, timeout=timeout, tenant=tenant
+            )
+        )
+
+    def renew(
+        self,
+        slot_id: str,
+        *,
+        ttl: float | None = None,
+        timeout: float | None = None,
+        tenant: str | None = None,
+    ) -> bool:
+        """Keeps slots for longer; False if they had already come back."""
+        return self._portal.run(
+            self._client.renew(slot_id, ttl=ttl, timeout=timeout, tenant=tenant)
+        )
+
+    def release(
+        self, slot_id: str, *, timeout: float | None = None, tenant: str | None = None
+    ) -> bool:
+        """Gives slots back; False if they had already come back."""
+        return self._portal.run(self._client.release(slot_id, timeout=timeout, tenant=tenant))
+
+    def get_limit(
+        self, limit_id: str, *, timeout: float | None = None, tenant: str | None = None
+    ) -> ratelimit_pb2.Limit:
+        """Reads the limit in force for the tenant."""
+        return self._portal.run(self._client.get_limit(limit_id, timeout=timeout, tenant=tenant))
+
+    def list_limits(
+        self,
+        *,
+        page_size: int = 0,
+        fields: Sequence[str] = (),
+        timeout: float | None = None,
+        tenant: str | None = None,
+    ) -> Iterator[ratelimit_pb2.Limit]:
+        """Yields the limits that the tenant can see, in the order of their ids.
+
+        Args:
+            page_size: how many to fetch at a time; 0: the service's default.
+            fields: only these fields of each; empty: all.
+            timeout: seconds for each page.
+            tenant: as in ``check``.
+        """
+        return self._portal.iterate(
+            self._client.list_limits(
+                page_size=page_size, fields=fields, timeout=timeout, tenant=tenant
+            )
+        )
+
+
+class SyncInferenceClient:
+    """Generates text and embeddings.
+
+    Example:
+        >>> answer = mesh.inference.generate("Name three rivers.", max_tokens=50)
+        >>> answer.text
+    """
+
+    def __init__(self, client: InferenceClient, portal: Portal) -> None:
+        """``SyncMesh.inference`` is one.
+
+        Args:
+            client: makes the calls.
+            portal: runs them.
+        """
+        self._client = client
+        self._portal = portal
+
+    @property
+    def mean_batch_size(self) -> float:
+        """Requests in a message to the service, on average so far."""
+        return self._client.mean_batch_size
+
+    def generate(
+        self,
+        request: GenerateRequest | str,
+        *,
+        model: str | None = None,
+        max_tokens: int | None = None,
+        timeout: float | None = None,
+        tenant: str | None = None,
+    ) -> Answer:
+        """Generates one answer and returns it whole.
+
+        Args:
+            request: what to answer; a text stands for one message of the user.
+            model: name of a model; only with a text.
+            max_tokens: most tokens to generate; only with a text.
+            timeout: seconds; None: what remains in the current scope, or 120.
+            tenant: on whose behalf; None: that of the current scope, or the Mesh's.
+
+        Raises:
+            MeshError: a limit denied it, the model failed, or the service could not be reached.
+        """
+        return self._portal.run(
+            self._client.generate(
+                request, model=model, max_tokens=max_tokens, timeout=timeout, tenant=tenant
+            )
+        )
+
+    def stream(
+        self,
+        request: GenerateRequest | str,
+        *,
+        model: str | None = None,
+        max_tokens: int | None = None,
+        timeout: float | None = None,
+        tenant: str | None = None,
+    ) -> SyncAnswerStream:
+        """Generates one answer in pieces; see ``AnswerStream``; arguments as in ``generate``."""
+        return SyncAnswerStream(
+            self._portal,
+            self._portal.call(
+                self._client.stream,
+                request,
+                model=model,
+                max_tokens=max_tokens,
+                timeout=timeout,
+                tenant=tenant,
+            ),
+        )
+
+    def generate_many(
+        self,
+        requests: Iterable[GenerateRequest | str],
+        *,
+        timeout: float | None = None,
+        tenant: str | None = None,
+    ) -> SyncResults[Answer]:
+        """Generates many answers; see ``Results``."""
+        return SyncResults(
+            self._portal,
+            self._portal.call(self._client.generate_many, requests, timeout=timeout, tenant=tenant),
+        )
+
+    def embed(
+        self,
+        inputs: Sequence[str],
+        *,
+        model: str,
+        dimensions: int = 0,
+        timeout: float | None = None,
+        tenant: str | None = None,
+    ) -> Embeddings:
+        """Turns texts into vectors.
+
+        Args:
+            inputs: 1 to 1,000 texts.
+            model: name of an embedding model.
+            dimensions: length of the vectors, where the model can choose; 0: its own.
+            timeout: as in ``generate``.
+            tenant: as in ``generate``.
+        """
+        return self._portal.run(
+            self._client.embed(
+                inputs, model=model, dimensions=dimensions, timeout=timeout, tenant=tenant
+            )
+        )
+
+    def count_tokens(
+        self,
+        request: GenerateRequest | str,
+        *,
+        model: str | None = None,
+        timeout: float | None = None,
+        tenant: str | None = None,
+    ) -> TokenCount:
+        """Counts the tokens of a request without running it."""
+        return self._portal.run(
+            self._client.count_tokens(request, model=model, timeout=timeout, tenant=tenant)
+        )
+
+    def list_models(
+        self,
+        *,
+        page_size: int = 0,
+        fields: Sequence[str] = (),
+        timeout: float | None = None,
+        tenant: str | None = None,
+    ) -> Iterator[inference_pb2.Model]:
+        """Yields the models that the tenant may use, in the order of their names."""
+        return self._portal.iterate(
+            self._client.list_models(
+                page_size=page_size, fields=fields, timeout=timeout, tenant=tenant
+            )
+        )
+
+    def get_model(
+        self, name: str, *, timeout: float | None = None, tenant: str | None = None
+    ) -> inference_pb2.Model:
+        """Reads one model."""
+        return self._portal.run(self._client.get_model(name, timeout=timeout, tenant=tenant))
+
+
+class SyncMetricsClient:
+    """Reports measurements in the background and asks questions about them.
+
+    Example:
+        >>> mesh.metrics.count("plans_made", labels={"kind": "trip"})
+        >>> mesh.metrics.observe("plan_seconds", 0.42, unit="s")
+        >>> mesh.metrics.flush()
+    """
+
+    def __init__(self, client: MetricsClient, portal: Portal) -> None:
+        """``SyncMesh.metrics`` is one.
+
+        Args:
+            client: makes the calls.
+            portal: runs them.
+        """
+        self._client = client
+        self._portal = portal
+
+    def count(
+        self,
+        name: str,
+        value: float = 1.0,
+        labels: Labels | None = None,
+        tenant: str = "",
+        *,
+        unit: str = "1",
+    ) -> None:
+        """Adds to a counter; returns at once."""
+        self._portal.call(self._client.count, name, value, labels, tenant, unit=unit)
+
+    def gauge(
+        self,
+        name: str,
+        value: float,
+        labels: Labels | None = None,
+        tenant: str = "",
+        *,
+        unit: str = "",
+    ) -> None:
+        """Sets a gauge; returns at once."""
+        self._portal.call(self._client.gauge, name, value, labels, tenant, unit=unit)
+
+    def observe(
+        self,
+        name: str,
+        value: float,
+        labels: Labels | None = None,
+        tenant: str = "",
+        *,
+        unit: str = "",
+        count: int = 1,
+    ) -> None:
+        """Adds ``count`` observations of ``value`` to a distribution; returns at once."""
+        self._portal.call(self._client.observe, name, value, labels, tenant, unit=unit, count=count)
+
+    def flush(self) -> None:
+        """Waits until everything measured so far is durable."""
+        self._portal.run(self._client.flush())
+
+    def query(
+        self,
+        request: metrics_pb2.QueryRequest,
+        *,
+        timeout: float | None = None,
+        tenant: str | None = None,
+    ) -> Iterator[metrics_pb2.Group]:
+        """Yields the groups of a query, page by page.
+
+        Raises:
+            MeshError: the query is not valid, or the service could not be asked.
+        """
+        return self._portal.iterate(self._client.query(request, timeout=timeout, tenant=tenant))
+
+    def list_series(
+        self,
+        name: str = "",
+        *,
+        page_size: int = 0,
+        fields: Sequence[str] = (),
+        timeout: float | None = None,
+        tenant: str | None = None,
+    ) -> Iterator[metrics_pb2.Series]:
+        """Yields the tenant's series, in the order of names and labels."""
+        return self._portal.iterate(
+            self._client.list_series(
+                name, page_size=page_size, fields=fields, timeout=timeout, tenant=tenant
+            )
+        )
+
+
+class SyncAuditClient:
+    """Records events and lists them.
+
+    Example:
+        >>> mesh.audit.record(AuditEvent("plans.approve", "plans/42", actor="ana"))
+    """
+
+    def __init__(self, client: AuditClient, portal: Portal) -> None:
+        """``SyncMesh.audit`` is one.
+
+        Args:
+            client: makes the calls.
+            portal: runs them.
+        """
+        self._client = client
+        self._portal = portal
+
+    def record(
+        self, event: AuditEvent, *, timeout: float | None = None, tenant: str | None = None
+    ) -> str:
+        """Records an event; returns its id once it is durable.
+
+        Raises:
+            MeshError: the event is not valid, or the service could not be asked.
+        """
+        return self._portal.run(self._client.record(event, timeout=timeout, tenant=tenant))
+
+    def note(self, event: AuditEvent, *, tenant: str | None = None) -> None:
+        """Records an event in the background: for what must not wait for its audit record."""
+        self._portal.call(self._client.note, event, tenant=tenant)
+
+    def list_events(
+        self,
+        *,
+        start: datetime | None = None,
+        end: datetime | None = None,
+        actor: str = "",
+        action: str = "",
+        resource: str = "",
+        page_size: int = 0,
+        fields: Sequence[str] = (),
+        timeout: float | None = None,
+        tenant: str | None = None,
+    ) -> Iterator[audit_pb2.Event]:
+        """Yields the tenant's events, the newest first.
+
+        Args:
+            start: start of the range, included.
+            end: end of the range, not included.
+            actor: only by this one.
+            action: only this.
+            resource: only to this.
+            page_size: how many to fetch at a time; 0: the service's default.
+            fields: only these fields of each; empty: all.
+            timeout: seconds for each page.
+            tenant: whose events; None: the current scope's, or the Mesh's.
+        """
+        return self._portal.iterate(
+            self._client.list_events(
+                start=start,
+                end=end,
+                actor=actor,
+                action=action,
+                resource=resource,
+                page_size=page_size,
+                fields=fields,
+                timeout=timeout,
+                tenant=tenant,
+            )
+        )
+
+
+class SyncMesh:
+    """A Mesh whose calls block; it may be shared by threads.
+
+    Example:
+        >>> with SyncMesh.connect(tenant="acme") as mesh:
+        ...     print(mesh.inference.generate("Say hello.").text)
+
+    Attributes:
+        cache: the cache service.
+        ratelimit: the ratelimit service.
+        inference: the inference service.
+        metrics: measurements: reported in the background, and queried.
+        audit: audit events.
+    """
+
+    def __init__(self, mesh: Mesh, portal: Portal) -> None:
+        """Use ``SyncMesh.connect``.
+
+        Args:
+            mesh: connected on the portal's loop.
+            portal: runs the calls.
+        """
+        self._mesh = mesh
+        self._portal = portal
+        self.cache = SyncCacheClient(mesh.cache, portal)
+        self.ratelimit = SyncRateLimitClient(mesh.ratelimit, portal)
+        self.inference = SyncInferenceClient(mesh.inference, portal)
+        self.metrics = SyncMetricsClient(mesh.metrics, portal)
+        self.audit = SyncAuditClient(mesh.audit, portal)
+
+    @classmethod
+    def connect(
+        cls,
+        *,
+        inference: Addresses | None = None,
+        cache: Addresses | None = None,
+        ratelimit: Addresses | None = None,
+        metrics: Addresses | None = None,
+        tenant: str = "",
+        api_key: str | None = None,
+        tls: Tls | None = None,
+        default_timeout: float = 10.0,
+        patience: float = 3.0,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+        bounds: Bounds | None = None,
+    ) -> Self:
+        """Makes a SyncMesh.
+
+        Addresses are ``host:port``, several as a sequence or separated by commas. One that is not
+        given is taken from the environment (``AGENT360_INFERENCE_ADDRESS`` and so on), else it is
+        the service's default port on loopback.
+
+        Args:
+            inference: of the inference service.
+            cache: of the cache service.
+            ratelimit: of the ratelimit service.
+            metrics: of the metrics service.
+            tenant: on whose behalf calls are made unless they say otherwise.
+            api_key: proves who is calling; None: ``AGENT360_API_KEY``, if it is set.
+            tls: None: plaintext, which only servers on loopback accept by default.
+            default_timeout: seconds, for calls that name no timeout.
+            patience: seconds that calls wait for a service that cannot be reached before they
+                fail at once.
+            max_message_bytes: largest message; must not exceed the servers'.
+            bounds: of messages and of what is in flight.
+
+        Raises:
+            ValueError: an address is malformed.
+        """
+        portal = Portal()
+        try:
+            mesh = portal.call(
+                Mesh.connect,
+                inference=inference,
+                cache=cache,
+                ratelimit=ratelimit,
+                metrics=metrics,
+                tenant=tenant,
+                api_key=api_key,
+                tls=tls,
+                default_timeout=default_timeout,
+                patience=patience,
+                max_message_bytes=max_message_bytes,
+                bounds=bounds,
+            )
+        except BaseException:
+            portal.close()
+            raise
+        return cls(mesh, portal)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self, grace: float = 1.0) -> None:
+        """Reports what was measured, waits for what is in flight, and closes all connections.
+
+        Args:
+            grace: seconds that both may take together; then the rest fails with UNAVAILABLE.
+        """
+        if not self._portal.closed:
+            self._portal.run(self._mesh.close(grace))
+            self._portal.close()

@@ -1,0 +1,30 @@
+"""The names that others may import; one that comes or goes is changed here on purpose."""
+
+import importlib
+
+import pytest
+
+PUBLIC = {
+    "agent360.client": """
+        Answer AnswerSource AuditEvent CacheClient CallScope CheckRequest DeadlineExceededError
+        Decision Entry GenerateRequest InferenceClient InvalidRequestError Lookup Mesh MeshError
+        Message Outcome Priority RateLimitClient RateLimitedError SyncMesh Tls Tool ToolCall
+        UnavailableError Violation call_scope
+    """,
+    "agent360.mesh": "embedded embedded_sync",
+    "agent360.mesh.cache": "CacheServicer CacheSettings",
+    "agent360.mesh.inference": "InferenceServicer InferenceSettings",
+    "agent360.mesh.metrics": "MetricsServicer MetricsSettings",
+    "agent360.mesh.ratelimit": "RateLimitServicer RateLimitSettings",
+    "agent360.mesh.simulator": "SimulatedModel Simulator SimulatorSettings run",
+}
+
+
+@pytest.mark.parametrize("package", PUBLIC)
+def test_a_package_exports_exactly_its_public_names(package: str) -> None:
+    module = importlib.import_module(package)
+    assert sorted(module.__all__) == sorted(PUBLIC[package].split())
+    for name in module.__all__:
+        assert getattr(module, name) is not None
+    with pytest.raises(AttributeError):
+        _ = module.no_such_name
