@@ -56,8 +56,14 @@ def test_every_example_says_what_it_is_expected_to(ports: dict[str, str]) -> Non
         assert expected in run.stdout
 
 
-def test_the_client_example_runs_as_pasted(ports: dict[str, str], tmp_path: Path) -> None:
-    (example,) = re.findall(r"```python\n(.+?)\n```", README, re.DOTALL)
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [(0, "b'pack, drive, unload' True\n"), (1, "0 b'pack, drive, unload'\n1 b'unpack'\n")],
+)
+def test_a_client_example_runs_as_pasted(
+    ports: dict[str, str], tmp_path: Path, number: int, expected: str
+) -> None:
+    example = re.findall(r"```python\n(.+?)\n```", README, re.DOTALL)[number]
     script = tmp_path / "example.py"
     script.write_text(example)
     run = subprocess.run(
@@ -72,4 +78,4 @@ def test_the_client_example_runs_as_pasted(ports: dict[str, str], tmp_path: Path
         },
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() == "b'pack, drive, unload' True"
+    assert run.stdout == expected
