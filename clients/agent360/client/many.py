@@ -64,7 +64,7 @@ class Results(Generic[T]):
         self._repeatable = repeatable
         self._timeout = timeout
         self._tenant = tenant
-        self._sink: Sink[T] = Sink()
+        self._sink: Sink[Any, T] = Sink()
         self._sent = 0
         self._outstanding = 0
         self._operations: list[ManyOperation[Any, T]] = []
@@ -80,20 +80,13 @@ class Results(Generic[T]):
 
     async def batches(self) -> AsyncGenerator[list[tuple[int, T | MeshError]], None]:
         """Yields what has arrived since the last time, at least one result at a time."""
-        ready = self._sink.ready
         try:
-            while True:
-                await self._send_more()
-                while ready:
-                    batch = list(ready)
-                    ready.clear()
-                    yield batch
-                    self._answered(len(batch))
-                    await self._send_more()
-                if self._outstanding:
-                    await self._sink.wait()
-                elif self._exhausted:
-                    return
+            while await self._arrived():
+                for operation in self._take_ready():
+                    first, values = operation.first_index, operation.values
+                    arrived, operation.arrived = operation.arrived, []
+                    yield [(first + position, values[position]) for position in arrived]
+                    self._answered(len(arrived))
         finally:
             self._withdraw()
 
@@ -102,13 +95,34 @@ class Results(Generic[T]):
         return self._gather().__await__()
 
     async def _gather(self) -> list[T | MeshError]:
-        found: dict[int, T | MeshError] = {}
-        async with aclosing(self.batches()) as batches:
-            async for batch in batches:
-                found.update(batch)
-        return [found[index] for index in range(len(found))]
+        # Results stay in their operations until the end: no index has to be kept with each.
+        operations: list[ManyOperation[Any, T]] = []
+        try:
+            while await self._arrived(operations):
+                for operation in self._take_ready():
+                    self._answered(len(operation.arrived))
+                    operation.arrived.clear()
+        finally:
+            self._withdraw()
+        return list(chain.from_iterable(operation.values for operation in operations))
 
-    async def _send_more(self) -> None:
+    async def _arrived(self, sent: list[ManyOperation[Any, T]] | None = None) -> bool:
+        """Sends what may be sent and waits for results; False when all have been taken."""
+        while True:
+            await self._send_more(sent)
+            if self._sink.ready:
+                return True
+            if self._outstanding:
+                await self._sink.wait()
+            elif self._exhausted:
+                return False
+
+    def _take_ready(self) -> list[ManyOperation[Any, T]]:
+        sink = self._sink
+        ready, sink.ready = sink.ready, []
+        return ready
+
+    async def _send_more(self, sent: list[ManyOperation[Any, T]] | None) -> None:
         """Sends messages of calls as long as two are not yet waiting for answers."""
         bounds = self._coalescer.bounds
         window = min(2 * bounds.message_items, bounds.in_flight)
@@ -133,6 +147,8 @@ class Results(Generic[T]):
             self._coalescer.note_in_flight(len(chunk))
             self._operations = [each for each in self._operations if not each.ended]
             self._operations.append(operation)
+            if sent is not None:
+                sent.append(operation)
             self._coalescer.dispatch(operation)
 
     def _next_chunk(self) -> tuple[list[Any], int]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Final, Generic, NamedTuple, Protocol, TypeVar
 
 from agent360.client.errors import MeshError, from_status
 
@@ -79,7 +78,7 @@ class SingleOperation(Generic[T]):
         self.future: asyncio.Future[T]
 
     def fill(self, request: Any) -> None:
-        """Fills the request message in place."""
+        """Fills the request message in place; sets at least one of its fields."""
         raise NotImplementedError
 
     def read(self, response: Any) -> T:
@@ -96,9 +95,7 @@ class SingleOperation(Generic[T]):
         item = add()
         item.id = self.item_id = first_id
         ids.append(first_id)
-        request = getattr(item, self.field)
-        request.SetInParent()
-        self.fill(request)
+        self.fill(getattr(item, self.field))
 
     def answered(self, result: Any) -> bool:
         """See ``Operation.answered``."""
@@ -121,27 +118,30 @@ class SingleOperation(Generic[T]):
 
 
 class ManyOperation(Generic[R, T]):
-    """Up to one message full of calls of the same method, answered into a queue.
+    """Up to one message full of calls of the same method, whose results a sink is told of.
 
-    Invariant: ``_pending`` holds the positions of the requests as last written, in the order of
-    their ids; ``_answered`` marks those that have their result.
+    Invariant: ``values`` holds by position what is answered, and ``_OPEN`` for what is not, of
+    which there are ``_left`` unless it was withdrawn; ``arrived`` lists the positions that were
+    answered and not yet taken. ``_pending`` holds the positions as last written, in the order of
+    their ids; None: all.
     """
 
     __slots__ = (
-        "_answered",
         "_fill",
         "_first_id",
-        "_first_index",
         "_left",
         "_pending",
         "_read",
         "_requests",
         "_sink",
+        "arrived",
         "deadline",
         "facts",
         "field",
+        "first_index",
         "repeatable",
         "size_bytes",
+        "values",
     )
 
     def __init__(
@@ -152,7 +152,7 @@ class ManyOperation(Generic[R, T]):
         *,
         fill: Callable[[Any, R], None],
         read: Callable[[Any], T],
-        sink: Sink[T],
+        sink: Sink[R, T],
         repeatable: bool,
         size_bytes: int,
     ) -> None:
@@ -162,9 +162,9 @@ class ManyOperation(Generic[R, T]):
             field: field of the operation in PipelineItem and of the outcome in PipelineResult.
             first_index: index of the first request; the others follow.
             requests: one for each call.
-            fill: fills a request message in place.
+            fill: fills a request message in place; sets at least one of its fields.
             read: turns a response message into a result.
-            sink: takes indexes with their results or errors, as they come.
+            sink: told of results and errors, as they come.
             repeatable: whether sending calls again is harmless.
             size_bytes: about what all take in a message.
         """
@@ -173,14 +173,15 @@ class ManyOperation(Generic[R, T]):
         self.deadline: float
         self.repeatable = repeatable
         self.size_bytes = size_bytes
-        self._first_index = first_index
+        self.first_index = first_index
+        self.values: list[Any] = [_OPEN] * len(requests)
+        self.arrived: list[int] = []
         self._requests = requests
         self._fill = fill
         self._read = read
         self._sink = sink
-        self._answered = bytearray(len(requests))
         self._left = len(requests)
-        self._pending: Sequence[int] = range(len(requests))
+        self._pending: list[int] | None = None
         self._first_id = 0
 
     @property
@@ -196,42 +197,48 @@ class ManyOperation(Generic[R, T]):
     def write(self, add: Callable[[], Any], first_id: int, ids: list[int]) -> None:
         """See ``Operation.write``."""
         field, fill, requests = self.field, self._fill, self._requests
-        if self._left < len(self._pending):
-            answered = self._answered
-            self._pending = [position for position in self._pending if not answered[position]]
+        if self._left < len(requests):
+            values = self.values
+            self._pending = [position for position, value in enumerate(values) if value is _OPEN]
+            requests = [requests[position] for position in self._pending]
         self._first_id = item_id = first_id
-        for position in self._pending:
+        for request in requests:
             item = add()
             item.id = item_id
             item_id += 1
-            message = getattr(item, field)
-            message.SetInParent()
-            fill(message, requests[position])
+            fill(getattr(item, field), request)
         ids.extend(range(first_id, item_id))
 
     def answered(self, result: Any) -> bool:
         """See ``Operation.answered``."""
-        position = self._pending[result.id - self._first_id]
-        if self._left and not self._answered[position]:
-            self._answered[position] = 1
+        position = result.id - self._first_id
+        if self._pending is not None:
+            position = self._pending[position]
+        values = self.values
+        if self._left and values[position] is _OPEN:
             self._left -= 1
-            if result.HasField("error"):
-                value: T | MeshError = from_status(result.error)
-            else:
-                value = self._read(getattr(result, self.field))
-            sink = self._sink
-            sink.ready.append((self._first_index + position, value))
-            if sink.waiter is not None:
-                sink.wake()
+            values[position] = (
+                from_status(result.error)
+                if result.HasField("error")
+                else self._read(getattr(result, self.field))
+            )
+            arrived = self.arrived
+            if not arrived:
+                self._sink.tell(self)
+            arrived.append(position)
         return False
 
     def fail(self, error: MeshError) -> None:
         """See ``Operation.fail``."""
-        for position, answered in enumerate(self._answered):
-            if not answered:
-                self._sink.ready.append((self._first_index + position, error))
+        values = self.values
+        if self._left:
+            for position, value in enumerate(values):
+                if value is _OPEN:
+                    values[position] = error
+                    if not self.arrived:
+                        self._sink.tell(self)
+                    self.arrived.append(position)
         self._left = 0
-        self._sink.wake()
 
     def withdraw(self) -> None:
         """Nobody waits for the rest any more."""
@@ -239,27 +246,33 @@ class ManyOperation(Generic[R, T]):
 
     def ids(self) -> Sequence[int]:
         """See ``Operation.ids``."""
-        first, answered = self._first_id, self._answered
+        first, values = self._first_id, self.values
+        positions = range(len(values)) if self._pending is None else self._pending
         return [
             first + offset
-            for offset, position in enumerate(self._pending)
-            if first and not answered[position]
+            for offset, position in enumerate(positions)
+            if first and values[position] is _OPEN
         ]
 
 
-class Sink(Generic[T]):
-    """Where results of many calls wait for their reader."""
+_OPEN: Final = object()
+"""Stands for a result that has not come."""
+
+
+class Sink(Generic[R, T]):
+    """Tells the reader of many calls which of them have results."""
 
     __slots__ = ("ready", "waiter")
 
     def __init__(self) -> None:
-        self.ready: deque[tuple[int, T | MeshError]] = deque()
-        """Indexes with their results or errors, as they came."""
+        self.ready: list[ManyOperation[R, T]] = []
+        """The operations with results that the reader has not taken."""
         self.waiter: asyncio.Future[None] | None = None
         """Set while the reader waits."""
 
-    def wake(self) -> None:
-        """Tells the reader that there is something."""
+    def tell(self, operation: ManyOperation[R, T]) -> None:
+        """Results of an operation arrive, of which the reader has taken all so far."""
+        self.ready.append(operation)
         waiter, self.waiter = self.waiter, None
         if waiter is not None and not waiter.done():
             waiter.set_result(None)

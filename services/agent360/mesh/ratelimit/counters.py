@@ -2,7 +2,7 @@
 
 All take the time from their caller, in seconds; hits are whole numbers. ``room`` says how many hits
 fit now, ``take`` charges without asking (more than fits, too: a settled excess), ``give_back``
-undoes, ``wait`` says when ``hits`` would fit (None: never), ``reset`` when the count is whole
+undoes, ``admit`` charges if there is room, ``wait`` says when ``hits`` would fit (None: never), ``reset`` when the count is whole
 again.
 """
 
@@ -25,6 +25,9 @@ class Counter(Protocol):
 
     def take(self, now: float, hits: int) -> None:
         """Charges hits."""
+
+    def admit(self, now: float, hits: int) -> tuple[int, float] | None:
+        """Charges hits if they fit; returns the room left and ``reset``, or None."""
 
     def give_back(self, now: float, hits: int) -> None:
         """Undoes a charge."""
@@ -60,6 +63,16 @@ class TokenBucket:
         """See ``Counter.take``."""
         start = max(now, self._full_at)
         self._full_at = start + hits * self._interval_s
+
+    def admit(self, now: float, hits: int) -> tuple[int, float] | None:
+        """See ``Counter.admit``; most requests of most services end here."""
+        interval_s, full_at = self._interval_s, self._full_at
+        behind = (full_at - now if full_at > now else 0.0) + hits * interval_s
+        left = int((self._burst - behind / interval_s + _EPSILON) // 1)
+        if left < 0:
+            return None
+        self._full_at = now + behind
+        return left, behind
 
     def give_back(self, now: float, hits: int) -> None:
         """See ``Counter.give_back``."""
@@ -108,6 +121,14 @@ class SlidingWindow:
         else:
             self._slots.append([slot, hits])
         self._used += hits
+
+    def admit(self, now: float, hits: int) -> tuple[int, float] | None:
+        """See ``Counter.admit``."""
+        left = self.room(now) - hits
+        if left < 0:
+            return None
+        self.take(now, hits)
+        return left, self._forgotten_at(self._slots[-1][0]) - now
 
     def give_back(self, now: float, hits: int) -> None:
         """See ``Counter.give_back``; the youngest hits first."""
@@ -162,6 +183,14 @@ class FixedWindow:
         """See ``Counter.take``."""
         self.room(now)
         self._used += hits
+
+    def admit(self, now: float, hits: int) -> tuple[int, float] | None:
+        """See ``Counter.admit``."""
+        left = self.room(now) - hits
+        if left < 0:
+            return None
+        self._used += hits
+        return left, self._end() - now
 
     def give_back(self, now: float, hits: int) -> None:
         """See ``Counter.give_back``; what was charged in an earlier period is gone with it."""

@@ -50,6 +50,9 @@ class _Resolved(NamedTuple):
     allow_partial: bool
 
 
+_NONE_RESOLVED: Final[dict[bytes, _Resolved]] = {}
+
+
 class RateLimitServicer:
     """Serves agent360.ratelimit.v1.RateLimitService.
 
@@ -67,7 +70,8 @@ class RateLimitServicer:
             max_counters=settings.max_counters,
             max_reservations=settings.max_reservations,
         )
-        self._resolved: dict[tuple[str, bytes], _Resolved] = {}
+        self._resolved: dict[str, dict[bytes, _Resolved]] = {}
+        self._plans = 0
         self._generation = 0
         context.registry.register(_LimiterCollector(self.limiter))
 
@@ -114,19 +118,23 @@ class RateLimitServicer:
         """Decides requests."""
         limiter = self.limiter
         now = limiter.clock()
-        decide, resolved = limiter.decide, self._resolved
+        decide, reply = limiter.decide, emit.reply
+        tenant, resolved = "", self._resolved_of("")
         for item in items:
             request = item.request
-            known = resolved.get((item.call.tenant, request.SerializeToString()))
+            if item.call.tenant != tenant:
+                tenant = item.call.tenant
+                resolved = self._resolved_of(tenant)
+            known = resolved.get(request.SerializeToString())
             if known is None or self._generation != limiter.generation:
                 try:
-                    known = self._resolve(item.call.tenant, request)
+                    known = self._resolve(tenant, request)
                 except MeshError as error:
                     emit.fail(item, error)
                     continue
-                resolved = self._resolved
+                resolved = self._resolved_of(tenant)
             plan, hits, allow_partial = known
-            write_decision(emit.reply(item).decision, decide(plan, hits, allow_partial, now))
+            write_decision(reply(item).decision, decide(plan, hits, allow_partial, now))
 
     async def reserve(self, items: Sequence[Item], emit: Emit) -> None:
         """Sets tokens aside."""
@@ -231,11 +239,17 @@ class RateLimitServicer:
             request.hits if request.HasField("hits") else 1,
             request.allow_partial,
         )
-        if self._generation != self.limiter.generation or len(self._resolved) >= _MAX_PLANS:
+        if self._generation != self.limiter.generation or self._plans >= _MAX_PLANS:
             self._generation = self.limiter.generation
             self._resolved = {}
-        self._resolved[tenant, request.SerializeToString()] = found
+            self._plans = 0
+        self._plans += 1
+        self._resolved.setdefault(tenant, {})[request.SerializeToString()] = found
         return found
+
+    def _resolved_of(self, tenant: str) -> dict[bytes, _Resolved]:
+        """The checks of a tenant that were read before, by their bytes on the wire."""
+        return self._resolved.get(tenant, _NONE_RESOLVED)
 
 
 class _LimiterCollector:

@@ -101,6 +101,8 @@ class PipelineStream:
         self._max_items = pipeline.settings.max_message_items
         self._max_bytes = pipeline.settings.max_message_bytes
         self._max_unsent_bytes = pipeline.settings.max_unsent_bytes
+        self._frame_items = 0
+        self._frame_bytes = 0
         self._begin_frame()
 
     # ---------------------------------------------------------------- the life of the stream
@@ -346,7 +348,16 @@ class PipelineStream:
         if not group.fresh:
             self._touched.append(group)
         group.fresh += 1
-        response = getattr(self._result(item_id, size_bytes), group.field)
+        # As in _result, without the call: this is done for every item that succeeds.
+        count, size = self._frame_items, self._frame_bytes + size_bytes + _RESULT_OVERHEAD_BYTES
+        if not count or count >= self._max_items or size > self._max_bytes:
+            result = self._result(item_id, size_bytes)
+        else:
+            self._frame_items = count + 1
+            self._frame_bytes = size
+            result = self._frame_add()
+            result.id = item_id
+        response = getattr(result, group.field)
         response.SetInParent()
         return response
 
