@@ -19,9 +19,6 @@ async def running(name: str, **settings: Any) -> AsyncIterator[Server]:
     try:
         yield server
     finally:
-        await server._mesh.close(
-            grace=0
-        )  # a last report would wait for services that are not there
         await server.stop()
 
 

@@ -268,6 +268,8 @@ class Coalescer:
 
     async def channel(self) -> grpc.aio.Channel:
         """A channel to one of the replicas."""
+        if self._closed:
+            raise client_closed()
         await self._resolved()
         lane = self._choose()
         if lane is None:
@@ -303,8 +305,6 @@ class Coalescer:
     async def _rpc(
         self, timeout: float | None, tenant: str | None
     ) -> tuple[grpc.aio.Channel, list[tuple[str, str]], float]:
-        if self._closed:
-            raise client_closed()
         scope = current_scope()
         facts = self._facts_of(scope, tenant)
         remaining = self._options.default_timeout_s if timeout is None else timeout

@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple
 
 import grpc
 
+from agent360.client.errors import MeshError
 from agent360.metrics.v1 import metrics_pb2
 
 FLUSH_EVERY_S: Final = 1.0
@@ -78,6 +79,7 @@ class Reporter:
         self._task: asyncio.Task[None] | None = None
         self._progress = asyncio.Event()
         self._hurry = asyncio.Event()
+        self._closing = False
         self.dropped = 0
         """Measurements that were given up because the service was away for too long."""
         self.rejected = 0
@@ -109,15 +111,16 @@ class Reporter:
     async def flush(self) -> None:
         """Sends what is buffered and waits until it is durable."""
         self._gather()
-        while self._unacknowledged:
+        while self._unacknowledged and self._task is not None and not self._task.done():
             self._hurry.set()
             self._progress.clear()
             await self._progress.wait()
 
     async def close(self, grace_s: float = 1.0) -> None:
-        """Sends what is left, for ``grace_s`` at most, and ends."""
+        """Sends what is left, for ``grace_s`` at most and while the service answers, and ends."""
         if self._task is None:
             return
+        self._closing = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace_s):
                 await self.flush()
@@ -125,6 +128,7 @@ class Reporter:
         self._task.cancel()
         await asyncio.wait((self._task,))
         self._task = None
+        self._closing = False
 
     # ---------------------------------------------------------------- sending
 
@@ -155,12 +159,11 @@ class Reporter:
                 continue
             try:
                 await self._session()
-            except (grpc.RpcError, OSError, asyncio.InvalidStateError):
-                await asyncio.sleep(_BACKOFF_S)
-            except Exception as error:
-                if not hasattr(error, "code"):
-                    raise
-                await asyncio.sleep(_BACKOFF_S)
+            except (grpc.RpcError, OSError, asyncio.InvalidStateError, MeshError):
+                if self._closing:
+                    self._progress.set()
+                    return
+                await self._pause(_BACKOFF_S)
 
     async def _pause(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):

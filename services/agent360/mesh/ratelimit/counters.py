@@ -2,8 +2,8 @@
 
 All take the time from their caller, in seconds; hits are whole numbers. ``room`` says how many hits
 fit now, ``take`` charges without asking (more than fits, too: a settled excess), ``give_back``
-undoes, ``admit`` charges if there is room, ``wait`` says when ``hits`` would fit (None: never), ``reset`` when the count is whole
-again.
+undoes, ``admit`` charges if there is room, ``wait`` says when ``hits`` would fit (None: never),
+``reset`` when the count is whole again.
 """
 
 from __future__ import annotations

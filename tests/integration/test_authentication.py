@@ -1,0 +1,184 @@
+"""Who may call, and on whose behalf."""
+
+from typing import Any
+
+import grpc
+import pytest
+from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from support.raw_streams import RawStream
+from support.servers import running
+
+from agent360.cache.v1 import cache_pb2 as pb
+from agent360.client import InvalidRequestError, Mesh, MeshError
+from agent360.client.channel import open_channel
+from agent360.client.errors import from_rpc_error, from_status
+from agent360.mesh.cache import CacheServicer, CacheSettings
+from agent360.mesh.runtime.policies.authentication import hash_key
+from agent360.mesh.runtime.server import Server
+
+KEYS = {
+    "one": {"tenants": ("acme",)},
+    "two": {"tenants": ("acme", "globex")},
+    "all": {"tenants": ("*",)},
+    "none": {},
+}
+SETTINGS: dict[str, Any] = {
+    "authentication": {
+        "keys": [
+            {"name": name, "sha256": hash_key(f"key-{name}"), **rights}
+            for name, rights in KEYS.items()
+        ]
+    }
+}
+
+
+async def refused(address: str, key: str, tenant: str = "") -> MeshError:
+    async with Mesh.connect(cache=address, tenant=tenant, api_key=key) as mesh:
+        with pytest.raises(MeshError) as caught:
+            await mesh.cache.get("k")
+    return caught.value
+
+
+async def unary(channel: grpc.aio.Channel, *metadata: tuple[str, str]) -> Any:
+    rpc = channel.unary_unary(
+        "/agent360.cache.v1.CacheService/Get",
+        request_serializer=pb.GetRequest.SerializeToString,
+        response_deserializer=pb.GetResponse.FromString,
+    )
+    try:
+        return await rpc(pb.GetRequest(namespace="n", key="k"), metadata=metadata)
+    except grpc.aio.AioRpcError as error:
+        raise from_rpc_error(error) from None
+
+
+async def test_a_key_speaks_for_the_tenants_it_is_bound_to() -> None:
+    async with running("cache", **SETTINGS) as server:
+        for key, tenant in (
+            ("key-one", ""),
+            ("key-one", "acme"),
+            ("key-two", "globex"),
+            ("key-all", "initech"),
+        ):
+            async with Mesh.connect(cache=server.address, tenant=tenant, api_key=key) as mesh:
+                assert not (await mesh.cache.get("k")).hit
+
+
+@pytest.mark.parametrize("key", ["key-one", "key-two", "key-none"])
+async def test_a_key_speaks_for_no_other_tenant(key: str) -> None:
+    async with running("cache", **SETTINGS) as server:
+        error = await refused(server.address, key, "initech")
+        assert (error.code, error.reason) == (
+            grpc.StatusCode.PERMISSION_DENIED,
+            "TENANT_NOT_ALLOWED",
+        )
+        assert "initech" in error.message
+        assert error.metadata["tenant"] == "initech"
+
+
+@pytest.mark.parametrize(
+    ("key", "reason"), [("", "API_KEY_MISSING"), ("key-unknown", "API_KEY_UNKNOWN")]
+)
+async def test_who_shows_no_known_key_is_refused_promptly(key: str, reason: str) -> None:
+    async with running("cache", **SETTINGS) as server:
+        error = await refused(server.address, key, "acme")
+        assert (error.code, error.reason) == (grpc.StatusCode.UNAUTHENTICATED, reason)
+        assert "key-" not in error.message, "a key is never repeated"
+
+
+async def test_a_unary_call_is_authenticated_like_an_item() -> None:
+    async with running("cache", **SETTINGS) as server, open_channel(server.address) as channel:
+        answer = await unary(channel, ("authorization", "Bearer key-one"))
+        assert answer.lookup.outcome == pb.OUTCOME_MISS
+        await unary(channel, ("authorization", "bearer key-one"), ("x-agent360-tenant", "acme"))
+        for metadata, reason in (
+            ((), "API_KEY_MISSING"),
+            ((("authorization", "Basic a2V5"),), "API_KEY_MALFORMED"),
+            ((("authorization", "Bearer key-unknown"),), "API_KEY_UNKNOWN"),
+        ):
+            with pytest.raises(MeshError) as caught:
+                await unary(channel, *metadata)
+            assert caught.value.reason == reason
+
+
+async def test_an_item_that_names_anothers_tenant_is_refused_and_its_neighbours_are_answered() -> (
+    None
+):
+    async with running("cache", **SETTINGS) as server, open_channel(server.address) as channel:
+        rpc: Any = channel.stream_stream(
+            "/agent360.cache.v1.CacheService/Pipeline",
+            request_serializer=pb.PipelineRequest.SerializeToString,
+            response_deserializer=pb.PipelineResponse.FromString,
+        )
+        call = rpc(metadata=(("authorization", "Bearer key-one"),))
+        request = {"namespace": "n", "key": "k"}
+        items = [
+            {"id": 1, "get": request},
+            {"id": 2, "get": request, "context": {"tenant": "globex"}},
+            {"id": 3, "get": request, "context": {"tenant": "acme"}},
+        ]
+        await call.write(pb.PipelineRequest(items=items))
+        found: dict[int, Any] = {}
+        while len(found) < 3:
+            found |= {result.id: result for result in (await call.read()).results}
+        assert from_status(found[2].error).reason == "TENANT_NOT_ALLOWED"
+        assert not found[1].HasField("error")
+        assert not found[3].HasField("error")
+
+
+@pytest.mark.parametrize("tenant", ["", "Acme", "a" * 64, "-acme", "a/b", "ä", "a b"])
+async def test_a_missing_or_malformed_tenant_is_named_with_the_rule(tenant: str) -> None:
+    async with running("cache") as server, open_channel(server.address) as channel:
+        stream = await RawStream.opened(
+            channel,
+            items=[{"id": 1, "get": {"namespace": "n", "key": "k"}}],
+            context={"tenant": tenant},
+        )
+        await stream.read_until_answered(1)
+        error = from_status(stream.final(1).error)
+        assert isinstance(error, InvalidRequestError)
+        assert [each.field for each in error.violations] == ["context.tenant"]
+        assert "[a-z0-9][a-z0-9-]{0,62}" in error.violations[0].description
+        if tenant.isascii():
+            with pytest.raises(InvalidRequestError) as caught:
+                await unary(channel, ("x-agent360-tenant", tenant))
+            assert caught.value.violations[0].field == "metadata x-agent360-tenant"
+
+
+async def test_a_key_of_several_tenants_must_say_which_it_means() -> None:
+    async with running("cache", **SETTINGS) as server:
+        error = await refused(server.address, "key-two")
+        assert isinstance(error, InvalidRequestError)
+        assert "is missing" in error.violations[0].description
+
+
+async def test_where_tenants_are_known_others_are_refused() -> None:
+    tenants = {"strict": True, "known": ("acme",)}
+    async with running("cache", tenants=tenants) as server:
+        async with Mesh.connect(cache=server.address, tenant="acme", api_key="") as mesh:
+            await mesh.cache.get("k")
+        error = await refused(server.address, "", "globex")
+        assert (error.code, error.reason) == (
+            grpc.StatusCode.PERMISSION_DENIED,
+            "TENANT_UNKNOWN",
+        )
+
+
+async def test_health_is_told_to_everyone_and_channelz_to_callers_on_the_machine() -> None:
+    async with running("cache", **SETTINGS) as server, open_channel(server.address) as channel:
+        health: Any = health_pb2_grpc.HealthStub(channel)
+        answer = await health.Check(health_pb2.HealthCheckRequest())
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        channelz: Any = channelz_pb2_grpc.ChannelzStub(channel)
+        servers = await channelz.GetServers(channelz_pb2.GetServersRequest())
+        assert len(servers.server) >= 1
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1"])
+def test_beyond_loopback_nobody_is_served_without_tls_and_keys(host: str) -> None:
+    with pytest.raises(ValueError, match=r"tls\.certificate.*authentication\.keys"):
+        Server(CacheSettings(host=host), CacheServicer)
+    keys = SETTINGS["authentication"]
+    with pytest.raises(ValueError, match=r"without tls\.certificate and tls\.key;"):
+        Server(CacheSettings.model_validate({"host": host, "authentication": keys}), CacheServicer)
+    Server(CacheSettings(host=host, insecure=True), CacheServicer)

@@ -1,0 +1,168 @@
+"""Quotas: every call of a service is charged to the limits named like its method."""
+
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from support.servers import running
+
+from agent360.client import CheckRequest, Mesh, MeshError, RateLimitedError
+from agent360.client.channel import open_channel
+from agent360.mesh.runtime.policies.authentication import hash_key
+from agent360.mesh.runtime.server import Server
+
+NOBODY = "127.0.0.1:1"
+LIMITS = """
+[[limits]]
+id = "gets"
+name = "agent360.cache.v1.CacheService/Get"
+algorithm = "fixed_window"
+amount = 5
+period = "10h"
+
+[[limits]]
+id = "checks"
+name = "agent360.ratelimit.v1.RateLimitService/*"
+tenant = "small"
+algorithm = "fixed_window"
+amount = 3
+period = "10h"
+"""
+
+
+@pytest.fixture
+def limits(tmp_path: Path) -> Path:
+    file = tmp_path / "limits.toml"
+    file.write_text(LIMITS)
+    return file
+
+
+def asking(address: str, **quota: Any) -> dict[str, Any]:
+    """Settings of a service whose quota is decided at an address."""
+    return {"quota": {"enabled": True, **quota}, "mesh": {"ratelimit": address}}
+
+
+def unasked(server: Server) -> int:
+    policies = server._handlers._policies._policies
+    (found,) = (each.unasked for each in policies if hasattr(each, "unasked"))
+    return int(found)
+
+
+async def test_a_tenant_is_served_up_to_its_limit_and_others_up_to_theirs(limits: Path) -> None:
+    async with (
+        running("ratelimit", limits=limits) as limiter,
+        running("cache", **asking(limiter.address)) as server,
+        Mesh.connect(cache=server.address, tenant="acme", api_key="") as mesh,
+    ):
+        for _ in range(5):
+            await mesh.cache.get("k")
+        with pytest.raises(RateLimitedError) as caught:
+            await mesh.cache.get("k")
+        assert caught.value.metadata["limit_id"] == "gets"
+        assert caught.value.retry_after_s is not None
+        assert caught.value.quotas[0].subject == "tenant:acme"
+        assert (await mesh.cache.set("k", b"v")).stored, "the limit is that of Get alone"
+        assert not (await mesh.cache.get("k", tenant="globex")).hit
+
+
+async def test_of_a_message_as_many_calls_are_served_as_the_limit_admits(limits: Path) -> None:
+    async with (
+        running("ratelimit", limits=limits) as limiter,
+        running("cache", **asking(limiter.address)) as server,
+        Mesh.connect(cache=server.address, tenant="acme", api_key="") as mesh,
+    ):
+        found = await mesh.cache.get_many(f"k{n}" for n in range(20))
+        denied = [each for each in found if isinstance(each, MeshError)]
+        assert len(denied) == 15
+        assert {each.reason for each in denied} == {"RATE_LIMITED"}
+
+
+async def test_unary_calls_are_charged_like_items(limits: Path) -> None:
+    from agent360.cache.v1 import cache_pb2 as pb
+
+    async with (
+        running("ratelimit", limits=limits) as limiter,
+        running("cache", **asking(limiter.address)) as server,
+        open_channel(server.address) as channel,
+    ):
+        rpc = channel.unary_unary(
+            "/agent360.cache.v1.CacheService/Get",
+            request_serializer=pb.GetRequest.SerializeToString,
+            response_deserializer=pb.GetResponse.FromString,
+        )
+        codes = []
+        for _ in range(7):
+            call = rpc(
+                pb.GetRequest(namespace="n", key="k"), metadata=(("x-agent360-tenant", "acme"),)
+            )
+            codes.append(await call.code())
+        assert codes == [grpc.StatusCode.OK] * 5 + [grpc.StatusCode.RESOURCE_EXHAUSTED] * 2
+
+
+async def test_while_the_ratelimit_service_is_away_calls_are_served_and_counted() -> None:
+    async with (
+        running("cache", **asking(NOBODY, timeout_s=0.1)) as server,
+        Mesh.connect(cache=server.address, tenant="acme", api_key="") as mesh,
+    ):
+        for _ in range(3):
+            assert not (await mesh.cache.get("k")).hit
+        assert unasked(server) == 3
+
+
+async def test_where_it_must_be_asked_calls_are_refused_while_it_is_away() -> None:
+    async with (
+        running("cache", **asking(NOBODY, timeout_s=0.1, when_away="closed")) as server,
+        Mesh.connect(cache=server.address, tenant="acme", api_key="") as mesh,
+    ):
+        with pytest.raises(MeshError) as caught:
+            await mesh.cache.get("k")
+        assert (caught.value.code, caught.value.reason) == (
+            grpc.StatusCode.UNAVAILABLE,
+            "QUOTA_UNKNOWN",
+        )
+        assert caught.value.retry_after_s is not None
+
+
+async def test_it_is_asked_again_as_soon_as_it_is_back(limits: Path) -> None:
+    async with running("ratelimit", limits=limits) as first:
+        port = first.port
+    async with (
+        running("cache", **asking(f"127.0.0.1:{port}", timeout_s=0.1)) as server,
+        Mesh.connect(cache=server.address, tenant="acme", api_key="") as mesh,
+    ):
+        for _ in range(10):
+            await mesh.cache.get("k")
+        async with running("ratelimit", limits=limits, port=port):
+            outcomes = []
+            while "RATE_LIMITED" not in outcomes:
+                (found,) = await mesh.cache.get_many(["k"], timeout=5)
+                outcomes.append(found.reason if isinstance(found, MeshError) else "served")
+            assert outcomes.count("served") >= 5
+
+
+async def test_the_meshs_own_services_are_exempt(limits: Path) -> None:
+    keys = [
+        {"name": "mesh", "sha256": hash_key("key-mesh"), "tenants": ("*",), "service": True},
+        {"name": "user", "sha256": hash_key("key-user"), "tenants": ("*",)},
+    ]
+    async with (
+        running("ratelimit", limits=limits) as limiter,
+        running("cache", **asking(limiter.address), authentication={"keys": keys}) as server,
+        Mesh.connect(cache=server.address, tenant="acme", api_key="key-mesh") as own,
+        Mesh.connect(cache=server.address, tenant="acme", api_key="key-user") as others,
+    ):
+        for _ in range(10):
+            await own.cache.get("k")
+        found = await others.cache.get_many(["k"] * 10)
+        assert sum(isinstance(each, MeshError) for each in found) == 5
+
+
+async def test_the_ratelimit_service_limits_its_own_callers(limits: Path) -> None:
+    async with (
+        running("ratelimit", limits=limits) as server,
+        Mesh.connect(ratelimit=server.address, tenant="small", api_key="") as mesh,
+    ):
+        found = await mesh.ratelimit.check_many(CheckRequest("free") for _ in range(10))
+        assert sum(isinstance(each, MeshError) for each in found) == 7
+        assert (await mesh.ratelimit.check("free", tenant="acme")).allowed
