@@ -157,8 +157,11 @@ def _put(tree: dict[str, Any], path: list[str], value: Any) -> None:
 
 
 def _origin_of(path: str, origins: Mapping[str, str]) -> str:
-    while path:
-        if path in origins:
-            return origins[path]
-        path = path.rpartition(".")[0]
-    return "default"
+    """The source of a value: its own, that of what holds it, or of something it holds."""
+    parent = path
+    while parent:
+        if parent in origins:
+            return origins[parent]
+        parent = parent.rpartition(".")[0]
+    within = (origin for each, origin in origins.items() if each.startswith(f"{path}."))
+    return next(within, "default")

@@ -142,8 +142,10 @@ class PolicyInterceptor(grpc.aio.ServerInterceptor):
             except BaseException as error:
                 await self._fail(group, context, error)
                 raise
-            if self._compression is not None:
-                self._compress(response, context)
+            if self._compression is not None and response.ByteSize() >= self._compression.min_bytes:
+                # gRPC heeds the choice only in metadata that are sent before the response.
+                context.set_compression(self._compression.algorithm)
+                await context.send_initial_metadata(())
             self._policies.finish(group, _OK, 1, time.perf_counter() - group.started)
             return response
 
@@ -246,11 +248,6 @@ class PolicyInterceptor(grpc.aio.ServerInterceptor):
 
     def _end(self, group: Group, code: grpc.StatusCode) -> None:
         self._policies.finish(group, code, group.left, time.perf_counter() - group.started)
-
-    def _compress(self, response: Any, context: Any) -> None:
-        compression = self._compression
-        if compression is not None and response.ByteSize() >= compression.min_bytes:
-            context.set_compression(compression.algorithm)
 
 
 def _call(method: str, metadata: dict[str, Any], principal: Principal, context: Any) -> Call:
