@@ -1,11 +1,13 @@
 """Who may call, and on whose behalf."""
 
+import socket
 from typing import Any
 
 import grpc
 import pytest
 from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from support.raw_streams import RawStream
 from support.servers import running
 
@@ -172,6 +174,63 @@ async def test_health_is_told_to_everyone_and_channelz_to_callers_on_the_machine
         channelz: Any = channelz_pb2_grpc.ChannelzStub(channel)
         servers = await channelz.GetServers(channelz_pb2.GetServersRequest())
         assert len(servers.server) >= 1
+
+
+async def test_reflection_is_told_to_everyone() -> None:
+    async with running("cache", **SETTINGS) as server, open_channel(server.address) as channel:
+        reflection: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
+        request = reflection_pb2.ServerReflectionRequest(list_services="")
+        (answer,) = [each async for each in reflection.ServerReflectionInfo(iter([request]))]
+        names = {each.name for each in answer.list_services_response.service}
+        assert "agent360.cache.v1.CacheService" in names
+
+
+async def test_the_meshs_own_key_speaks_for_every_tenant() -> None:
+    async with running("cache", mesh={"api_key": "key-mesh"}, **SETTINGS) as server:
+        for tenant in ("acme", "initech"):
+            async with Mesh.connect(
+                cache=server.address, tenant=tenant, api_key="key-mesh"
+            ) as mesh:
+                assert not (await mesh.cache.get("k")).hit
+
+
+def own_address() -> str:
+    """This machine's address beyond loopback; nothing is sent to find it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))
+        except OSError:
+            pytest.skip("this machine has no address beyond loopback")
+        host = str(probe.getsockname()[0])
+    if host.startswith("127."):
+        pytest.skip("this machine has no address beyond loopback")
+    return host
+
+
+async def test_beyond_the_machine_channelz_is_told_to_admins_alone() -> None:
+    operator = {"name": "operator", "sha256": hash_key("key-operator"), "admin": True}
+    keys = [*SETTINGS["authentication"]["keys"], operator]
+    async with (
+        running("cache", host="0.0.0.0", insecure=True, authentication={"keys": keys}) as server,
+        open_channel(f"{own_address()}:{server.port}") as channel,
+    ):
+        channelz: Any = channelz_pb2_grpc.ChannelzStub(channel)
+        request = channelz_pb2.GetServersRequest()
+        for key, code, reason in (
+            ("key-operator", grpc.StatusCode.OK, ""),
+            ("key-all", grpc.StatusCode.PERMISSION_DENIED, "ADMIN_ONLY"),
+            ("key-unknown", grpc.StatusCode.UNAUTHENTICATED, "API_KEY_UNKNOWN"),
+            ("", grpc.StatusCode.UNAUTHENTICATED, "API_KEY_MISSING"),
+        ):
+            metadata = (("authorization", f"Bearer {key}"),) if key else ()
+            call = channelz.GetServers(request, metadata=metadata)
+            assert await call.code() is code
+            if reason:
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await call
+                assert from_rpc_error(caught.value).reason == reason
+            else:
+                assert len((await call).server) >= 1
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1"])

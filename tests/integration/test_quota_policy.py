@@ -5,10 +5,12 @@ from typing import Any
 
 import grpc
 import pytest
+from support.raw_streams import ACME, RawStream
 from support.servers import running
 
 from agent360.client import CheckRequest, Mesh, MeshError, RateLimitedError
 from agent360.client.channel import open_channel
+from agent360.client.errors import from_rpc_error, from_status
 from agent360.mesh.runtime.policies.authentication import hash_key
 from agent360.mesh.runtime.server import Server
 
@@ -76,6 +78,54 @@ async def test_of_a_message_as_many_calls_are_served_as_the_limit_admits(limits:
         denied = [each for each in found if isinstance(each, MeshError)]
         assert len(denied) == 15
         assert {each.reason for each in denied} == {"RATE_LIMITED"}
+
+
+async def test_the_first_of_a_message_are_served_and_the_others_told_when_to_come_back(
+    limits: Path,
+) -> None:
+    async with (
+        running("ratelimit", limits=limits) as limiter,
+        running("cache", **asking(limiter.address)) as server,
+        open_channel(server.address) as channel,
+    ):
+        items: list[dict[str, Any]] = [
+            {"id": number, "get": {"namespace": "n", "key": "k"}} for number in range(1, 9)
+        ]
+        entry = {"namespace": "n", "key": "other", "value": b"v"}
+        items.append({"id": 9, "set": {"entry": entry}})
+        stream = await RawStream.opened(channel, items=items, context=ACME)
+        await stream.read_until_answered(*range(1, 10))
+        served = [number for number in range(1, 10) if not stream.final(number).HasField("error")]
+        assert served == [1, 2, 3, 4, 5, 9]
+        for number in (6, 7, 8):
+            error = from_status(stream.final(number).error)
+            assert isinstance(error, RateLimitedError)
+            assert error.retry_after_s is not None
+            assert error.retry_after_s > 0
+
+
+@pytest.mark.parametrize("when_away", ["open", "closed"])
+async def test_a_unary_call_meets_an_absent_ratelimit_service_like_an_item(when_away: str) -> None:
+    from agent360.cache.v1 import cache_pb2 as pb
+
+    async with (
+        running("cache", **asking(NOBODY, timeout_s=0.1, when_away=when_away)) as server,
+        open_channel(server.address) as channel,
+    ):
+        rpc = channel.unary_unary(
+            "/agent360.cache.v1.CacheService/Get",
+            request_serializer=pb.GetRequest.SerializeToString,
+            response_deserializer=pb.GetResponse.FromString,
+        )
+        metadata = (("x-agent360-tenant", "acme"),)
+        call = rpc(pb.GetRequest(namespace="n", key="k"), metadata=metadata)
+        if when_away == "open":
+            assert (await call).lookup.outcome == pb.OUTCOME_MISS
+        else:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call
+            assert from_rpc_error(caught.value).reason == "QUOTA_UNKNOWN"
+        assert unasked(server) == 1
 
 
 async def test_unary_calls_are_charged_like_items(limits: Path) -> None:
@@ -166,3 +216,18 @@ async def test_the_ratelimit_service_limits_its_own_callers(limits: Path) -> Non
         found = await mesh.ratelimit.check_many(CheckRequest("free") for _ in range(10))
         assert sum(isinstance(each, MeshError) for each in found) == 7
         assert (await mesh.ratelimit.check("free", tenant="acme")).allowed
+
+
+async def test_the_ratelimit_service_too_exempts_the_meshs_own_services(limits: Path) -> None:
+    keys = [
+        {"name": "mesh", "sha256": hash_key("key-mesh"), "tenants": ("*",), "service": True},
+        {"name": "user", "sha256": hash_key("key-user"), "tenants": ("*",)},
+    ]
+    async with (
+        running("ratelimit", limits=limits, authentication={"keys": keys}) as server,
+        Mesh.connect(ratelimit=server.address, tenant="small", api_key="key-mesh") as own,
+        Mesh.connect(ratelimit=server.address, tenant="small", api_key="key-user") as others,
+    ):
+        for mesh, denied in ((own, 0), (others, 7)):
+            found = await mesh.ratelimit.check_many(CheckRequest("free") for _ in range(10))
+            assert sum(isinstance(each, MeshError) for each in found) == denied

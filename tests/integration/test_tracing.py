@@ -8,12 +8,14 @@ from typing import Any
 import grpc
 import pytest
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+from opentelemetry.sdk.trace import TracerProvider
 from support.raw_streams import RawStream
 from support.servers import running
 
 from agent360.cache.v1 import cache_pb2 as pb
 from agent360.client import Mesh, MeshError, call_scope
 from agent360.client.channel import open_channel
+from agent360.mesh.runtime.policies.authentication import hash_key
 from agent360.mesh.runtime.server import Server
 from agent360.mesh.simulator import Simulator, SimulatorSettings
 
@@ -85,6 +87,48 @@ async def test_a_sampled_item_leaves_a_span_below_its_callers(receiver: Any) -> 
     assert facts["rpc.method"] == "Get"
     assert facts["agent360.batch.size"] == 1
     assert span.end_time_unix_nano >= span.start_time_unix_nano
+
+
+async def test_a_callers_own_span_is_the_parent_of_its_calls(receiver: Any) -> None:
+    servicer, settings = receiver
+    tracer = TracerProvider().get_tracer("caller")
+    async with cache(settings) as (_, mesh):
+        with tracer.start_as_current_span("planning") as own:
+            await mesh.cache.get("k")
+        await mesh.cache.get("k")
+    ((_, span),) = servicer.spans
+    context = own.get_span_context()
+    assert span.trace_id.hex() == f"{context.trace_id:032x}"
+    assert span.parent_span_id.hex() == f"{context.span_id:016x}"
+
+
+async def test_a_span_names_the_tenant_that_the_callers_key_is_bound_to(receiver: Any) -> None:
+    servicer, settings = receiver
+    keys = [{"name": "one", "sha256": hash_key("key-one"), "tenants": ("acme",)}]
+    async with (
+        running("cache", authentication={"keys": keys}, **settings) as server,
+        Mesh.connect(cache=server.address, tenant="", api_key="key-one") as mesh,
+    ):
+        with call_scope(traceparent=SAMPLED):
+            await mesh.cache.get("k")
+    ((_, span),) = servicer.spans
+    assert attributes(span)["agent360.tenant"] == "acme"
+
+
+async def test_the_question_about_a_quota_is_part_of_the_calls_trace(receiver: Any) -> None:
+    servicer, settings = receiver
+    async with (
+        running("ratelimit", **settings) as limiter,
+        running(
+            "cache", quota={"enabled": True}, mesh={"ratelimit": limiter.address}, **settings
+        ) as server,
+        Mesh.connect(cache=server.address, tenant="acme", api_key="") as mesh,
+    ):
+        with call_scope(traceparent=SAMPLED):
+            await mesh.cache.get("k")
+    spans = {service: span for service, span in servicer.spans}
+    assert spans.keys() == {"agent360-cache", "agent360-ratelimit"}
+    assert spans["agent360-ratelimit"].parent_span_id == spans["agent360-cache"].span_id
 
 
 async def test_of_a_message_only_the_sampled_items_leave_a_span(receiver: Any) -> None:
@@ -187,6 +231,31 @@ async def test_a_trace_goes_on_through_the_services_that_are_asked(receiver: Any
     assert generate.parent_span_id.hex() == PARENT
     below = [span for key, span in spans.items() if key[0] != "agent360-inference"]
     assert {span.parent_span_id for span in below} == {generate.span_id}
+
+
+async def test_a_traced_call_leaves_nothing_to_those_that_follow_it_downstream(
+    receiver: Any,
+) -> None:
+    """The first call opens the streams to the other services; the second uses them."""
+    servicer, settings = receiver
+    async with (
+        Simulator(SimulatorSettings(port=0, first_token_s=0.0, inter_token_s=0.0)) as simulator,
+        running("cache", **settings) as cache_server,
+        running("ratelimit", **settings) as limiter,
+        running(
+            "inference",
+            backends=[{"url": simulator.url}],
+            mesh={"cache": cache_server.address, "ratelimit": limiter.address},
+            **settings,
+        ) as server,
+        Mesh.connect(inference=server.address, tenant="acme", api_key="") as mesh,
+    ):
+        with call_scope(traceparent=SAMPLED):
+            await mesh.inference.generate("Name a river", model="sim-small")
+        for tenant in ("globex", "initech"):
+            await mesh.inference.generate("Name a lake", model="sim-small", tenant=tenant)
+    assert {attributes(span)["agent360.tenant"] for _, span in servicer.spans} == {"acme"}
+    assert {span.trace_id.hex() for _, span in servicer.spans} == {TRACE}
 
 
 async def test_no_call_inherits_the_tenant_or_trace_of_another(receiver: Any) -> None:

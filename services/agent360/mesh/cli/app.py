@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import secrets
 import sys
 from pathlib import Path
@@ -170,13 +171,16 @@ def hash_of_key() -> None:
 
 
 def parse_assignments(assignments: list[str] | None) -> dict[str, Any]:
-    """Values by dotted path, from ``path=value`` texts."""
+    """Values by dotted path, from ``path=value`` texts; lists and tables are JSON."""
     flags: dict[str, Any] = {}
     for assignment in assignments or []:
         path, separator, value = assignment.partition("=")
         if not separator:
             fail(f"--set {assignment!r}: expected path=value")
-        flags[path.strip()] = value
+        try:
+            flags[path.strip()] = json.loads(value) if value[:1] in {"[", "{"} else value
+        except ValueError as error:
+            fail(f"--set {assignment!r}: {error}")
     return flags
 
 

@@ -104,6 +104,7 @@ class Server:
         """Whether calls are served."""
         self.port = 0
         """The gRPC port in use, once started."""
+        self._stopped = False
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -149,8 +150,11 @@ class Server:
         """Stops in order: not ready, streams drained, calls finished, backends closed.
 
         Args:
-            grace_s: how long calls may go on; None: as configured.
+            grace_s: how long calls may go on; None: as configured. Stopping twice is harmless.
         """
+        if self._stopped:
+            return
+        self._stopped = True
         grace = self.settings.grace_s if grace_s is None else grace_s
         self.ready = False
         await self._health.enter_graceful_shutdown()
