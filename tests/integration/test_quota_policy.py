@@ -1,5 +1,6 @@
 """Quotas: every call of a service is charged to the limits named like its method."""
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -185,9 +186,10 @@ async def test_it_is_asked_again_as_soon_as_it_is_back(limits: Path) -> None:
             await mesh.cache.get("k")
         async with running("ratelimit", limits=limits, port=port):
             outcomes = []
-            while "RATE_LIMITED" not in outcomes:
-                (found,) = await mesh.cache.get_many(["k"], timeout=5)
-                outcomes.append(found.reason if isinstance(found, MeshError) else "served")
+            async with asyncio.timeout(20):
+                while "RATE_LIMITED" not in outcomes:
+                    (found,) = await mesh.cache.get_many(["k"], timeout=5)
+                    outcomes.append(found.reason if isinstance(found, MeshError) else "served")
             assert outcomes.count("served") >= 5
 
 

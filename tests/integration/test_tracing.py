@@ -126,7 +126,7 @@ async def test_the_question_about_a_quota_is_part_of_the_calls_trace(receiver: A
     ):
         with call_scope(traceparent=SAMPLED):
             await mesh.cache.get("k")
-    spans = {service: span for service, span in servicer.spans}
+    spans = dict(servicer.spans)
     assert spans.keys() == {"agent360-cache", "agent360-ratelimit"}
     assert spans["agent360-ratelimit"].parent_span_id == spans["agent360-cache"].span_id
 

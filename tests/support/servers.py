@@ -2,18 +2,22 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Final
 
 from agent360.client import Mesh
 from agent360.mesh.runtime.server import Server
-from agent360.mesh.services import service_kind
+from agent360.mesh.services import NAMES, service_kind
+
+NOBODY: Final = "127.0.0.1:1"
+"""An address where nobody listens."""
 
 
 @asynccontextmanager
 async def running(name: str, **settings: Any) -> AsyncIterator[Server]:
-    """One service, started and stopped."""
+    """One service, started and stopped; it knows no other service but those it is told of."""
     kind = service_kind(name)
     values = {"ephemeral_ports": True, "grace_s": 1.0, **settings}
+    values["mesh"] = {**dict.fromkeys(NAMES, NOBODY), **settings.get("mesh", {})}
     server = Server(kind.settings.model_validate(values), kind.servicer)
     await server.start()
     try:

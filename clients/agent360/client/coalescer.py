@@ -199,13 +199,6 @@ class Coalescer:
             self._give_turn()
 
     @property
-    def mean_batch_size(self) -> float:
-        """Operations in a message, on average so far; 0 before the first."""
-        written = [lane.written for lane in self._lanes.values()]
-        messages = sum(each[0] for each in written)
-        return sum(each[1] for each in written) / messages if messages else 0.0
-
-    @property
     def bounds(self) -> Bounds:
         """Of messages and streams."""
         return self._options.bounds

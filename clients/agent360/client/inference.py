@@ -89,6 +89,8 @@ class AnswerStream:
         self._timeout = timeout
         self._tenant = tenant
         self._answer: Answer | None = None
+        self.batch_size = 0
+        """Requests that went out in one message with this one, itself included; 0 before."""
 
     @property
     def answer(self) -> Answer:
@@ -126,6 +128,7 @@ class AnswerStream:
                 yield event
             self._answer = read_answer(operation.final, "".join(pieces))
         finally:
+            self.batch_size = operation.batch_size
             if not operation.ended:
                 operation.close()
                 coalescer.withdraw(operation)
@@ -142,11 +145,6 @@ class InferenceClient:
 
     def __init__(self, coalescer: Coalescer) -> None:
         self._coalescer = coalescer
-
-    @property
-    def mean_batch_size(self) -> float:
-        """Requests in a message to the service, on average so far."""
-        return self._coalescer.mean_batch_size
 
     async def generate(
         self,
@@ -329,6 +327,7 @@ class _StreamGenerate:
         "_events",
         "_started",
         "_waiter",
+        "batch_size",
         "deadline",
         "facts",
         "final",
@@ -339,11 +338,13 @@ class _StreamGenerate:
 
     field = "stream_generate"
     item_count = 1
+    counts_batch = True
 
     def __init__(self, request: GenerateRequest) -> None:
         self.request = request
         self.size_bytes = size_of_request(request)
         self.item_id = 0
+        self.batch_size = 0
         self.final: Any = None
         self.facts: Facts
         self.deadline: float

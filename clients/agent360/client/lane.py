@@ -63,7 +63,6 @@ class Lane:
         """Why the last attempt failed."""
         self.down_since: float | None = None
         """When the address stopped answering, on the loop's clock; None while it answers."""
-        self._written = [0, 0]
         self._closed = False
         self._keeper = asyncio.create_task(self._keep())
 
@@ -72,15 +71,6 @@ class Lane:
         """Items that wait to be written or answered."""
         session = self._session
         return len(self._pending) + (len(session.open) if session is not None else 0)
-
-    @property
-    def written(self) -> tuple[int, int]:
-        """Messages with operations, and operations, that were written so far."""
-        messages, items = self._written
-        for session in self._sessions():
-            messages += session.messages
-            items += session.items
-        return messages, items
 
     def submit(self, operation: Operation) -> None:
         """Takes an operation; it goes out with the next message."""
@@ -194,8 +184,6 @@ class Lane:
             if self._session is session:
                 self._session = None
             self._retiring.discard(session)
-            self._written[0] += session.messages
-            self._written[1] += session.items
             self._bury(session, error)
 
     def _bury(self, session: Session, error: MeshError | None) -> None:

@@ -34,6 +34,10 @@ class Operation(Protocol):
     """On the event loop's clock."""
     size_bytes: int
     """About what it takes in a message."""
+    counts_batch: bool
+    """Whether it wants to know ``batch_size``."""
+    batch_size: int
+    """Items of the message that it was last written with, its own included."""
 
     @property
     def repeatable(self) -> bool:
@@ -69,6 +73,8 @@ class SingleOperation(Generic[T]):
     """Field of the operation in PipelineItem and of the outcome in PipelineResult."""
     repeatable: bool = True
     item_count: int = 1
+    counts_batch: bool = False
+    batch_size: int = 0
 
     def __init__(self, size_bytes: int = 128) -> None:
         self.size_bytes = size_bytes
@@ -143,6 +149,9 @@ class ManyOperation(Generic[R, T]):
         "size_bytes",
         "values",
     )
+
+    counts_batch: bool = False
+    batch_size: int = 0
 
     def __init__(
         self,

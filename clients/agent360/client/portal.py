@@ -166,6 +166,11 @@ class SyncAnswerStream:
         return self._portal.iterate(self._stream.__aiter__())
 
     @property
+    def batch_size(self) -> int:
+        """See ``AnswerStream.batch_size``."""
+        return self._stream.batch_size
+
+    @property
     def answer(self) -> Answer:
         """See ``AnswerStream.answer``."""
         return self._stream.answer

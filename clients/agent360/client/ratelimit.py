@@ -389,7 +389,7 @@ def _read_check(response: Any) -> Decision:
     reset = message.reset_after
     allowed = message.allowed
     retry_after_s = None
-    if not allowed and message.HasField("retry_after"):
+    if message.HasField("retry_after"):
         retry = message.retry_after
         retry_after_s = retry.seconds + retry.nanos * 1e-9
     return _new_tuple(

@@ -70,10 +70,6 @@ class Session:
         self.superseded = asyncio.Event()
         """Set when no more operations are written to it."""
         self._closing = False
-        self.messages = 0
-        """Messages with operations that were written."""
-        self.items = 0
-        """Operations that were written."""
 
     def wake(self) -> None:
         """There is something to write."""
@@ -183,6 +179,7 @@ class Session:
         shared: Facts | None = None
         shared_timeout = 0.0
         count = size = 0
+        counting: list[Operation] = []
         ids: list[int] = []
         while pending:
             operation = pending[0]
@@ -212,13 +209,15 @@ class Session:
             self._next_id += items
             count += items
             size += operation.size_bytes
+            if operation.counts_batch:
+                counting.append(operation)
             if items == 1:
                 still_open[ids[0]] = operation
             else:
                 still_open.update(dict.fromkeys(ids, operation))
             ids.clear()
-        self.messages += 1 if count else 0
-        self.items += count
+        for operation in counting:
+            operation.batch_size = count
         return count > 0
 
 

@@ -504,11 +504,6 @@ class SyncInferenceClient:
         self._client = client
         self._portal = portal
 
-    @property
-    def mean_batch_size(self) -> float:
-        """Requests in a message to the service, on average so far."""
-        return self._client.mean_batch_size
-
     def generate(
         self,
         request: GenerateRequest | str,

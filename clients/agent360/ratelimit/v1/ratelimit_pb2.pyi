@@ -200,7 +200,7 @@ class Decision(_message.Message):
 
     @_builtins.property
     def retry_after(self) -> _duration_pb2.Duration:
-        """When denied: the shortest time after which the same request can be admitted by all limits. Absent: never."""
+        """When denied, or granted in part: the shortest time after which all limits can admit it. Absent: never."""
 
     def __init__(
         self,

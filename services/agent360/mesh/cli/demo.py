@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -33,7 +34,9 @@ from agent360.mesh.simulator import Simulator, SimulatorSettings
 from agent360.metrics.v1 import metrics_pb2
 
 _CONCURRENCY: Final = 64
-_ARRIVALS_PER_S: Final = 80.0
+_STEP_REQUESTS: Final = 12
+"""Requests that come at once: a step of an agent, or several agents' steps, ask for several."""
+_STEPS_PER_S: Final = 7.0
 _KEY: Final = "AGENT360_UPSTREAM_API_KEY"
 
 _LIMITS: Final = """
@@ -71,6 +74,7 @@ class Tally:
     output_tokens: int = 0
     latencies_s: list[float] = field(default_factory=list)
     first_tokens_s: list[float] = field(default_factory=list)
+    batch_sizes: list[int] = field(default_factory=list)
 
     @property
     def answered(self) -> int:
@@ -158,10 +162,11 @@ async def _stream_all(rows: list[dict[str, Any]], processes: Supervisor, console
                     progress.update(bar, advance=1, tokens=produced)
 
             async with asyncio.TaskGroup() as tasks:
-                for row in rows:
-                    tasks.create_task(run(row))
-                    await asyncio.sleep(1 / _ARRIVALS_PER_S)
-        _print_tallies(tallies, mesh.inference.mean_batch_size, console)
+                for start in range(0, len(rows), _STEP_REQUESTS):
+                    for row in rows[start : start + _STEP_REQUESTS]:
+                        tasks.create_task(run(row))
+                    await asyncio.sleep(1 / _STEPS_PER_S)
+        _print_tallies(tallies, console)
         await _print_recorded(mesh, tallies, console)
     _print_addresses(addresses, console)
     return any(tally.failed for tally in tallies.values())
@@ -182,6 +187,8 @@ async def _run_one(mesh: Mesh, row: dict[str, Any], tally: Tally) -> int:
         else:
             tally.failed[str(error)] += 1
         return 0
+    finally:
+        tally.batch_sizes.append(stream.batch_size)
     answer = stream.answer
     tally.latencies_s.append(time.perf_counter() - started)
     if first is not None:
@@ -201,7 +208,7 @@ def _request(row: dict[str, Any]) -> GenerateRequest:
     )
 
 
-def _print_tallies(tallies: dict[str, Tally], batch_size: float, console: Console) -> None:
+def _print_tallies(tallies: dict[str, Tally], console: Console) -> None:
     table = Table(title="What became of the requests", title_justify="left")
     for column in (
         "tenant",
@@ -212,7 +219,8 @@ def _print_tallies(tallies: dict[str, Tally], batch_size: float, console: Consol
         "denied",
         "tokens in/out",
         "p50 / p95 / p99 ms",
-        "first token p50 ms",
+        "first token ms",
+        "mean batch",
     ):
         table.add_column(column, justify="left" if column == "tenant" else "right")
     for tenant, tally in sorted(tallies.items()):
@@ -227,9 +235,9 @@ def _print_tallies(tallies: dict[str, Tally], batch_size: float, console: Consol
             f"{tally.input_tokens:,}/{tally.output_tokens:,}",
             latencies,
             _ms(tally.first_tokens_s, 0.5),
+            f"{statistics.fmean(tally.batch_sizes or [0]):.1f}",
         )
     console.print(table)
-    console.print(f"mean batch size on the way to the inference service: {batch_size:.2f}")
     for tenant, tally in tallies.items():
         for error, count in tally.failed.items():
             console.print(f"{tenant}: {count} failed: {error}", style="red", markup=False)

@@ -180,7 +180,7 @@ class Limiter:
             self.allowed += 1
             for charge in plan:
                 charge.counter.take(now, granted)
-        else:
+        if not allowed or granted < hits:
             self._count_denial(tightest.limit)
             retry_after_s = _longest_wait(plan, 1 if allow_partial else max(1, hits), now)
         return Decision(

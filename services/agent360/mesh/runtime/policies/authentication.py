@@ -51,6 +51,8 @@ class Authenticator:
             raise _unauthenticated("API_KEY_MALFORMED", "authorization must be 'Bearer KEY'")
         key = authorization[len(_SCHEME) :].strip()
         principal = self._principals.get(hashlib.sha256(key.encode()).hexdigest())
+        if principal is None and self._open:
+            return ANONYMOUS
         if principal is None:
             raise _unauthenticated("API_KEY_UNKNOWN", "the API key is not known here")
         return principal

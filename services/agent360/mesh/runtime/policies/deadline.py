@@ -16,7 +16,7 @@ class DeadlinePolicy:
     """Gives every call a deadline; the runner cancels what passes it."""
 
     def __init__(self, settings: DeadlineSettings) -> None:
-        self._default_s = settings.default_s
+        self._default_s = min(settings.default_s, settings.maximum_s)
         self._maximum_s = settings.maximum_s
 
     def before(self, group: Group) -> None:

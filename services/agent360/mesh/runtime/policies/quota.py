@@ -10,6 +10,7 @@ from typing import Final, Literal, Protocol
 import grpc
 import structlog
 
+from agent360.client.context import enter_scope
 from agent360.client.errors import MeshError, QuotaViolation, RateLimitedError, UnavailableError
 from agent360.mesh.runtime.batch import Group
 
@@ -115,6 +116,9 @@ class RemoteQuotaPolicy:
 
     async def _ask(self, group: Group) -> None:
         call = group.call
+        # The question belongs to the caller's trace, but a caller in a hurry says nothing about
+        # whether the ratelimit service is away.
+        enter_scope(group.scope()._replace(deadline=None))
         try:
             async with asyncio.timeout(self._timeout_s):
                 grant = await self._limiter.check(
@@ -152,6 +156,9 @@ class RemoteQuotaPolicy:
 
 
 _AWAY: Final = {
+    # That it does not accept this service's own key is no fault of the caller.
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.PERMISSION_DENIED,
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.DEADLINE_EXCEEDED,
     grpc.StatusCode.INTERNAL,

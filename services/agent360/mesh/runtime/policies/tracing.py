@@ -54,7 +54,6 @@ class TracingPolicy:
                 "rpc.system": "grpc",
                 "rpc.service": service,
                 "rpc.method": method,
-                "agent360.tenant": call.tenant,
                 "agent360.batch.size": group.size,
             },
         )
@@ -73,6 +72,8 @@ class TracingPolicy:
             if code not in _NOT_FAILURES:
                 span.set_status(StatusCode.ERROR, code.name)
         if group.left <= 0:
+            # Only now is it known for sure: a key of one tenant need not name it.
+            span.set_attribute("agent360.tenant", group.call.tenant)
             span.end()
 
 
