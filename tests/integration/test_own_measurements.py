@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -13,6 +14,7 @@ from support.servers import running
 from agent360.cache.v1 import cache_pb2 as pb
 from agent360.client import Mesh, MeshError, call_scope
 from agent360.client.channel import open_channel
+from agent360.mesh.runtime.policies.authentication import hash_key
 from agent360.mesh.runtime.server import Server
 
 METHOD = "/agent360.cache.v1.CacheService/Get"
@@ -164,3 +166,38 @@ async def test_a_bug_is_told_by_an_id_that_is_in_the_log_and_by_nothing_else(
         assert line["error_id"] in caught.value.message
         assert isinstance(line["exc_info"], KeyError)
         assert (await mesh.cache.set("k", b"v")).stored, "the stream goes on"
+
+
+async def test_what_was_denied_is_an_audit_event_of_the_tenant_or_of_the_mesh(
+    tmp_path: Path,
+) -> None:
+    limits = tmp_path / "limits.toml"
+    limits.write_text(
+        '[[limits]]\nid = "gets"\nname = "agent360.cache.v1.CacheService/Get"\namount = 2\n'
+        'period = "10h"\nalgorithm = "fixed_window"\n'
+    )
+    keys = [{"name": "one", "sha256": hash_key("key-one"), "tenants": ("acme",)}]
+    async with (
+        running("metrics") as metrics,
+        running("ratelimit", limits=limits) as limiter,
+        Mesh.connect(metrics=metrics.address, tenant="acme", api_key="") as mesh,
+    ):
+        async with (
+            running(
+                "cache",
+                quota={"enabled": True},
+                authentication={"keys": keys},
+                mesh={"metrics": metrics.address, "ratelimit": limiter.address},
+            ) as server,
+            Mesh.connect(cache=server.address, api_key="key-one") as caller,
+        ):
+            await caller.cache.get_many(["k"] * 5)
+            with pytest.raises(MeshError):
+                await caller.cache.get("k", tenant="globex")
+        (limited,) = [each async for each in mesh.audit.list_events(action="mesh.calls.deny")]
+        found = mesh.audit.list_events(action="mesh.calls.deny", tenant="agent360-mesh")
+        (forbidden,) = [each async for each in found]
+    assert limited.resource == "agent360.cache.v1.CacheService/Get"
+    assert dict(limited.attributes) == {"code": "RESOURCE_EXHAUSTED", "count": "3"}
+    assert forbidden.actor == "globex"
+    assert forbidden.attributes["code"] == "PERMISSION_DENIED"

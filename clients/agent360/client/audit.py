@@ -28,6 +28,7 @@ _OUTCOMES: Final = {
     "failed": audit_pb2.EVENT_OUTCOME_FAILED,
 }
 _MAX_NOTES: Final = 1_000
+_LOOK_EVERY_S: Final = 0.05
 
 
 class AuditEvent(NamedTuple):
@@ -80,9 +81,11 @@ class AuditClient:
         task.add_done_callback(self._notes.discard)
 
     async def settle(self, grace_s: float) -> None:
-        """Waits for noted events, for ``grace_s`` at most."""
-        if self._notes:
-            await asyncio.wait(self._notes, timeout=grace_s)
+        """Waits for noted events, for ``grace_s`` at most and while the service answers."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + grace_s
+        while self._notes and not self._coalescer.away and loop.time() < end:
+            await asyncio.wait(self._notes, timeout=min(_LOOK_EVERY_S, end - loop.time()))
         for task in list(self._notes):
             task.cancel()
 

@@ -199,6 +199,12 @@ class Coalescer:
             self._give_turn()
 
     @property
+    def away(self) -> bool:
+        """Whether the service was tried and none of its replicas answers."""
+        lanes = self._lanes.values()
+        return bool(lanes) and all(lane.down_since is not None for lane in lanes)
+
+    @property
     def bounds(self) -> Bounds:
         """Of messages and streams."""
         return self._options.bounds

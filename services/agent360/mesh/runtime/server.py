@@ -132,7 +132,7 @@ class Server:
             if isinstance(self._servicer, MeasuresItself)
             else self._mesh.metrics
         )
-        self._report = SelfReport(self._red, measurements, settings.service)
+        self._report = SelfReport(self._red, measurements, self._mesh.audit, settings.service)
         policies = Policies(self._policies())
         self._handlers = HandlerFactory(settings, policies, self.log)
         self._grpc = self._build(policies)

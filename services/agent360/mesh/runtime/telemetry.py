@@ -7,6 +7,7 @@ import logging
 import sys
 from typing import Any, Final, Protocol
 
+import grpc
 import structlog
 from opentelemetry import trace
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
@@ -15,7 +16,9 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 
-from agent360.mesh.runtime.red import RedTable
+from agent360.client import AuditEvent
+from agent360.client.audit import AuditClient
+from agent360.mesh.runtime.red import RedKey, RedTable
 from agent360.mesh.runtime.settings import LogSettings, TracingSettings
 
 REPORT_EVERY_S: Final = 5.0
@@ -125,12 +128,16 @@ class SelfReport:
     """Reports a service's calls to the metrics service, by method, tenant and code.
 
     Series: ``mesh_requests`` (counter) and ``mesh_request_seconds`` (distribution, durations
-    rounded to two significant digits).
+    rounded to two significant digits). Calls that were denied are audit events, too: of their
+    tenant where a limit denied them, of the mesh where somebody named a tenant that is not theirs.
     """
 
-    def __init__(self, red: RedTable, measurements: Measurements, service: str) -> None:
+    def __init__(
+        self, red: RedTable, measurements: Measurements, audit: AuditClient, service: str
+    ) -> None:
         self._red = red
         self._measurements = measurements
+        self._audit = audit
         self._service = service
 
     async def run(self) -> None:
@@ -152,3 +159,19 @@ class SelfReport:
                 self._measurements.observe(
                     "mesh_request_seconds", duration_s, labels, tenant=tenant, unit="s", count=count
                 )
+            if key.code in _DENIALS:
+                self._note_denial(key, sum(durations.values()))
+
+    def _note_denial(self, key: RedKey, count: int) -> None:
+        forbidden = key.code is grpc.StatusCode.PERMISSION_DENIED
+        event = AuditEvent(
+            "mesh.calls.deny",
+            key.method[1:],
+            actor=key.tenant,
+            outcome="denied",
+            attributes={"code": key.code.name, "count": str(count)},
+        )
+        self._audit.note(event, tenant=MESH_TENANT if forbidden else key.tenant or MESH_TENANT)
+
+
+_DENIALS: Final = {grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.RESOURCE_EXHAUSTED}
