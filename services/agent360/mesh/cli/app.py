@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import secrets
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -48,6 +51,12 @@ def serve(
     insecure: Annotated[
         bool, typer.Option(help="Listen beyond loopback without TLS and API keys.")
     ] = False,
+    while_stdin_open: Annotated[
+        bool,
+        typer.Option(
+            "--while-stdin-open", help="Stop when standard input ends, as with its starter."
+        ),
+    ] = False,
     assignments: Assignments = None,
 ) -> None:
     """Run one service until SIGTERM."""
@@ -68,6 +77,8 @@ def serve(
     except (ConfigError, ValueError) as error:
         fail(str(error))
 
+    if while_stdin_open:
+        threading.Thread(target=_stop_when_stdin_ends, daemon=True).start()
     try:
         asyncio.run(server.run_until_signal())
     except (RuntimeError, OSError) as error:
@@ -78,12 +89,11 @@ def serve(
 def up(
     config: ConfigFile = None,
     limits: Annotated[Path | None, typer.Option(help="TOML file with rate limits.")] = None,
-    models: Annotated[Path | None, typer.Option(help="TOML file with models.")] = None,
 ) -> None:
     """Run all four services on loopback with embedded stores, until Ctrl-C."""
     from agent360.mesh.cli.supervisor import run_up
 
-    raise typer.Exit(run_up(config, limits, models))
+    raise typer.Exit(run_up(config, limits))
 
 
 @app.command()
@@ -182,6 +192,12 @@ def parse_assignments(assignments: list[str] | None) -> dict[str, Any]:
         except ValueError as error:
             fail(f"--set {assignment!r}: {error}")
     return flags
+
+
+def _stop_when_stdin_ends() -> None:
+    while os.read(sys.stdin.fileno(), 4_096):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def fail(message: str) -> NoReturn:

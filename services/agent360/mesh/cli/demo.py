@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import aiohttp
 import grpc
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -34,6 +35,7 @@ from agent360.mesh.simulator import Simulator, SimulatorSettings
 from agent360.metrics.v1 import metrics_pb2
 
 _CONCURRENCY: Final = 64
+_PROBE_S: Final = 10.0
 _STEP_REQUESTS: Final = 12
 """Requests that come at once: a step of an agent, or several agents' steps, ask for several."""
 _STEPS_PER_S: Final = 7.0
@@ -104,6 +106,7 @@ async def _demo(
 ) -> int:
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
+        log = directory / "mesh.log"
         simulator = Simulator(SimulatorSettings(port=free_ports(1)[0]))
         if not upstream:
             await simulator.start()
@@ -111,9 +114,10 @@ async def _demo(
                 f"simulator of a model server at {simulator.url}: its answers are made up"
             )
         try:
+            if upstream:
+                await _require_answer(upstream)
             config = _write_config(directory, upstream or simulator.url, model)
             arguments = {name: [f"--config={config}"] for name in NAMES}
-            log = directory / "mesh.log"
             async with Supervisor(arguments, _ports(), log_file=log) as processes:
                 failed = await _stream_all(rows, processes, console)
                 if failed:
@@ -124,7 +128,8 @@ async def _demo(
                 return 1 if failed else 0
         except RuntimeError as error:
             console.print(f"agent360-mesh: {error}")
-            console.print((directory / "mesh.log").read_text()[-4_000:], markup=False)
+            if log.exists():
+                console.print(log.read_text()[-4_000:], markup=False)
             return 1
         finally:
             if not upstream:
@@ -274,6 +279,23 @@ def _ms(seconds: list[float], quantile: float) -> str:
         return "-"
     ordered = sorted(seconds)
     return f"{ordered[min(len(ordered) - 1, int(quantile * len(ordered)))] * 1e3:.0f}"
+
+
+async def _require_answer(url: str) -> None:
+    """Checks that a model server is there; what it says does not matter yet.
+
+    Raises:
+        RuntimeError: it is not.
+    """
+    timeout = aiohttp.ClientTimeout(total=_PROBE_S)
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=timeout) as session,
+            session.get(f"{url.rstrip('/')}/models"),
+        ):
+            return
+    except (aiohttp.ClientError, TimeoutError) as error:
+        raise RuntimeError(f"the model server at {url} cannot be reached: {error}") from error
 
 
 def _write_config(directory: Path, url: str, model: str) -> Path:

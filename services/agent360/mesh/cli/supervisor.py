@@ -114,8 +114,10 @@ class Supervisor:
                     name,
                     f"--port={port}",
                     f"--http-port={port + 1000}",
+                    "--while-stdin-open",
                     *self._arguments[name],
                     env=environment,
+                    stdin=asyncio.subprocess.PIPE,  # closes with this process, however it ends
                     stderr=log,
                     start_new_session=True,
                 )
@@ -149,15 +151,13 @@ class Supervisor:
         return environment
 
 
-def run_up(config: Path | None, limits: Path | None, models: Path | None) -> int:
+def run_up(config: Path | None, limits: Path | None) -> int:
     """Runs all four services until a signal or until one of them ends."""
     arguments: dict[str, list[str]] = {
         name: [f"--config={config}"] if config else [] for name in NAMES
     }
     if limits:
         arguments["ratelimit"].append(f"--set=limits={limits}")
-    if models:
-        arguments["inference"].append(f"--set=models={models}")
     return asyncio.run(_up(arguments))
 
 

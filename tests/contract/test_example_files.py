@@ -1,0 +1,38 @@
+"""The example files are what the services take."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from agent360.mesh.ratelimit.limits import read_limits
+from agent360.mesh.runtime.config import load
+from agent360.mesh.services import NAMES, service_kind
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_configuration_holds_for_every_service(name: str) -> None:
+    settings = load(service_kind(name).settings, config=EXAMPLES / "mesh.toml", environ={}).settings
+    assert settings.deadline.maximum_s == 300
+    if name == "ratelimit":
+        assert ROOT / settings.limits == EXAMPLES / "limits.toml"
+
+
+def test_the_limits_apply_as_their_comments_say() -> None:
+    limits = read_limits(EXAMPLES / "limits.toml")
+    assert limits.of("acme")["requests-per-minute"].size == 100
+    assert limits.of("umbrella-labs")["requests-per-minute"].amount == 60
+    assert limits.of("acme")["tool-calls"].shadow
+    assert limits.of("acme")["searches"].per == ("tenant", "user")
+
+
+def test_the_requests_are_those_of_an_agent_platform() -> None:
+    lines = (EXAMPLES / "agent_requests.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len(rows) >= 300
+    assert len({row["tenant"] for row in rows}) == 4
+    assert len({json.dumps(row["messages"]) for row in rows}) < len(rows), "some repeat"
+    assert any(row.get("tools") for row in rows)
