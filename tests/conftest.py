@@ -3,10 +3,7 @@
 import os
 
 import pytest
-from support.containers import NO_BASE_IMAGE, NO_PODMAN, NOT_ALLOWED
-
-EXPECTED_SKIPS = frozenset({NO_PODMAN, NO_BASE_IMAGE, NOT_ALLOWED})
-"""Reasons of skips that are fine in strict mode."""
+from support import skips
 
 _unexpected: list[str] = []
 
@@ -14,7 +11,7 @@ _unexpected: list[str] = []
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.skipped and isinstance(report.longrepr, tuple):
         reason = report.longrepr[2].removeprefix("Skipped: ")
-        if reason not in EXPECTED_SKIPS:
+        if reason not in skips.EXPECTED:
             _unexpected.append(f"{report.nodeid}: {reason}")
 
 

@@ -10,6 +10,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from support.raw_streams import RawStream
 from support.servers import running
+from support.skips import NO_OTHER_ADDRESS
 
 from agent360.cache.v1 import cache_pb2 as pb
 from agent360.client import InvalidRequestError, Mesh, MeshError
@@ -200,10 +201,10 @@ def own_address() -> str:
         try:
             probe.connect(("192.0.2.1", 9))
         except OSError:
-            pytest.skip("this machine has no address beyond loopback")
+            pytest.skip(NO_OTHER_ADDRESS)
         host = str(probe.getsockname()[0])
     if host.startswith("127."):
-        pytest.skip("this machine has no address beyond loopback")
+        pytest.skip(NO_OTHER_ADDRESS)
     return host
 
 

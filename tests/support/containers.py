@@ -13,10 +13,7 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-
-NO_PODMAN: Final = "podman is not at hand"
-NO_BASE_IMAGE: Final = "no base image for containers can be had on this machine"
-NOT_ALLOWED: Final = "this machine does not let podman run containers"
+from support.skips import NO_BASE_IMAGE, NO_CONTAINERS, NO_PODMAN
 
 ROOT: Final = Path(__file__).parents[2]
 PYTHON_IMAGE: Final = os.environ.get("PYTHON_IMAGE", "docker.io/library/python:3.11-slim-bookworm")
@@ -71,7 +68,7 @@ class Podman:
         done = self.run("podman", "run", "--rm", PYTHON_IMAGE, "true", check=False)
         if done.returncode:
             print(done.stderr)
-            pytest.skip(NOT_ALLOWED)
+            pytest.skip(NO_CONTAINERS)
 
     def eventually_healthy(self, container: str, timeout_s: float = 30.0) -> None:
         """Waits until the image's own health check passes."""
