@@ -3,17 +3,18 @@
 import asyncio
 import gc
 import logging
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.servers import running
 
 from agent360.client import AuditEvent, Entry, Mesh, MeshError
 from agent360.mesh import embedded
-from agent360.metrics.v1 import metrics_pb2
 from agent360.mesh.simulator import Simulator, SimulatorSettings
+from agent360.metrics.v1 import metrics_pb2
 
 SLOW_S = 0.5
 LEFT_BEHIND = ("was destroyed but it is pending", "was never retrieved", "was never awaited")
@@ -124,9 +125,7 @@ async def calls_that_end_badly(mesh: Mesh) -> None:
         await mesh.inference.generate("Name a river", model="no-such-model")
 
 
-def test_the_detection_itself_sees_a_blocked_loop_and_a_forgotten_failure(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_the_detection_itself_sees_a_blocked_loop_and_a_forgotten_failure() -> None:
     """Else the tests below could pass for having looked at nothing."""
     found = Complaints()
     logging.getLogger("asyncio").addHandler(found)
@@ -162,12 +161,6 @@ async def test_no_callback_blocks_the_loop_under_a_mixed_load_of_all_services(
     assert complaints.slow() == []
 
 
-@pytest.fixture
-def foreign() -> Iterator[set[asyncio.Task[Any]]]:
-    """Tasks that were there before the test's own."""
-    yield set()
-
-
 async def closed_in_order(directory: Path) -> None:
     async with everything(directory) as mesh:
         await mixed_load(mesh, tasks=3, rounds=2)
@@ -175,7 +168,7 @@ async def closed_in_order(directory: Path) -> None:
 
 
 async def closed_amid_calls(directory: Path) -> None:
-    """Closes while calls, a watch of measurements and a streamed answer are under way."""
+    """Closes while calls wait and a streamed answer is under way."""
     waiting: list[asyncio.Task[Any]] = []
     async with everything(directory) as mesh:
         await mesh.cache.claim("taken", fill_timeout=60)
@@ -188,9 +181,8 @@ async def closed_amid_calls(directory: Path) -> None:
 
 
 async def closed_by_a_failure(directory: Path) -> None:
-    services: AbstractAsyncContextManager[Mesh] = everything(directory)
-    with pytest.raises(ZeroDivisionError):
-        async with services as mesh:
+    with suppress(ZeroDivisionError):
+        async with everything(directory) as mesh:
             await mixed_load(mesh, tasks=2, rounds=1)
             raise ZeroDivisionError
 
@@ -201,11 +193,35 @@ async def test_no_task_and_no_unheard_failure_is_left_after_close(
 ) -> None:
     before = asyncio.all_tasks()
     await scenario(tmp_path)
-    left = asyncio.all_tasks() - before
-    if left:  # what was cancelled by the close may need a step to end
-        await asyncio.wait(left, timeout=1.0)
-    assert {task for task in left if not task.done()} == set()
-    del left
+    assert await left_since(before) == []
     gc.collect()
     await asyncio.sleep(0)
     assert complaints.left_behind() == []
+
+
+async def test_a_reporter_leaves_no_call_behind_where_the_metrics_service_restarts(
+    complaints: Complaints,
+) -> None:
+    before = asyncio.all_tasks()
+    memory = {"store": "sqlite:///:memory:"}
+    async with running("metrics", **memory) as first:
+        port = first.port
+        mesh = Mesh.connect(metrics=first.address, tenant="acme", api_key="")
+        mesh.metrics.count("turns")
+        await mesh.metrics.flush()
+    for _ in range(3):
+        async with running("metrics", port=port, **memory):
+            mesh.metrics.count("turns")
+            async with asyncio.timeout(10):
+                await mesh.metrics.flush()
+    await mesh.close()
+    assert await left_since(before) == []
+    assert complaints.left_behind() == []
+
+
+async def left_since(before: set[asyncio.Task[Any]]) -> list[str]:
+    """Tasks that were begun since and are not ending."""
+    begun = asyncio.all_tasks() - before
+    if begun:  # what the close cancelled may need a step to end
+        await asyncio.wait(begun, timeout=1.0)
+    return [repr(task) for task in begun if not task.done()]

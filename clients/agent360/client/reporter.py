@@ -182,31 +182,32 @@ class Reporter:
         call = rpc(metadata=self._metadata())
         refs: dict[SeriesKey, int] = {}
         sent = 0
+        # It reads at all times: a call with an unread message would never quite end.
+        reader = asyncio.create_task(self._read(call))
+        reader.add_done_callback(lambda _: self._hurry.set())
         try:
-            while True:
+            while not reader.done():
                 waiting = [batch for batch in self._unacknowledged if batch.sequence > sent]
                 for batch in waiting:
                     await call.write(self._message(batch, refs))
                     sent = batch.sequence
-                while self._unacknowledged:
-                    response = await call.read()
-                    if response is grpc.aio.EOF:
-                        return
-                    self._acknowledge(response)
-                    if response.drain:
-                        await call.done_writing()
-                        return
-                while not self._unacknowledged:
-                    await self._pause(FLUSH_EVERY_S)
-                    self._gather()
+                await self._pause(FLUSH_EVERY_S)
+                self._gather()
+            await reader
         finally:
             call.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
 
-    def _acknowledge(self, response: Any) -> None:
-        self.rejected += response.rejected
-        while self._unacknowledged and self._unacknowledged[0].sequence <= response.acknowledged:
-            self._unacknowledged.popleft()
-        self._progress.set()
+    async def _read(self, call: Any) -> None:
+        """Takes acknowledgements until the stream ends or is drained."""
+        while (response := await call.read()) is not grpc.aio.EOF:
+            self.rejected += response.rejected
+            waiting = self._unacknowledged
+            while waiting and waiting[0].sequence <= response.acknowledged:
+                waiting.popleft()
+            self._progress.set()
+            if response.drain:
+                await call.done_writing()
 
     def _message(self, batch: _Batch, refs: dict[SeriesKey, int]) -> Any:
         message = metrics_pb2.ReportRequest(reporter_id=self.reporter_id, sequence=batch.sequence)
