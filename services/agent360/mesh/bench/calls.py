@@ -7,6 +7,7 @@ import statistics
 import sys
 import tempfile
 import time
+from array import array
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -53,7 +54,8 @@ class Series:
 
     per_s: list[float] = field(default_factory=list)
     """Calls a second, one figure a round."""
-    latencies_s: list[float] = field(default_factory=list)
+    latencies_s: array[float] = field(default_factory=lambda: array("d"))
+    """Not a list: garbage collection would walk through a million latencies again and again."""
     """Of single calls, over all rounds; empty where calls go out together."""
 
     @property
@@ -214,7 +216,7 @@ async def _run_tasks(
 ) -> None:
     """Runs ``tasks`` tasks that call one after another, for a while and at least once."""
     done = 0
-    latencies: list[float] = []
+    latencies = array("d")
     end = time.perf_counter() + seconds
 
     async def work(first: int) -> None:
