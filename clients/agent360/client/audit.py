@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal
+
+from msgspec import Struct
 
 from agent360.audit.v1 import audit_pb2
 from agent360.client.coalescer import Coalescer, Wire
@@ -31,7 +33,7 @@ _MAX_NOTES: Final = 1_000
 _LOOK_EVERY_S: Final = 0.05
 
 
-class AuditEvent(NamedTuple):
+class AuditEvent(Struct, frozen=True, gc=False):
     """Something that was done."""
 
     action: str

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Sequence
 from enum import IntEnum
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
+
+from msgspec import Struct
 
 from agent360.cache.v1 import cache_pb2
 from agent360.client.coalescer import Coalescer, Wire
@@ -37,8 +39,8 @@ class Outcome(IntEnum):
 _OUTCOMES: Final = (Outcome.MISS, Outcome.HIT, Outcome.STALE, Outcome.MISS)
 
 
-class Lookup(NamedTuple):
-    """The result of reading one key. A tuple, because it is made for every get."""
+class Lookup(Struct, frozen=True, gc=False):
+    """The result of reading one key."""
 
     outcome: Outcome
     """Hit, stale or miss."""
@@ -61,7 +63,7 @@ class Lookup(NamedTuple):
         return self.outcome is not Outcome.MISS
 
 
-class Entry(NamedTuple):
+class Entry(Struct, frozen=True, gc=False):
     """One of many writes."""
 
     key: str
@@ -78,7 +80,7 @@ class Entry(NamedTuple):
     """Labels for ``invalidate``."""
 
 
-class Stored(NamedTuple):
+class Stored(Struct, frozen=True, gc=False):
     """What became of a write."""
 
     stored: bool
@@ -89,7 +91,7 @@ class Stored(NamedTuple):
     """False where only one replica holds it because the shared store was away."""
 
 
-class Claim(NamedTuple):
+class Claim(Struct, frozen=True, gc=False):
     """An entry, or the right to fill it."""
 
     lookup: Lookup
@@ -100,7 +102,7 @@ class Claim(NamedTuple):
     """Seconds until the token expires."""
 
 
-class Invalidated(NamedTuple):
+class Invalidated(Struct, frozen=True, gc=False):
     """What an invalidation did."""
 
     removed: int
@@ -491,18 +493,17 @@ class _Fail(SingleOperation[None]):
 
 
 def _fill_entry(message: Any, namespace: str, entry: Entry) -> None:
-    key, value, ttl, stale_ttl, content_type, tags = entry
     message.namespace = namespace
-    message.key = key
-    message.value = value
-    if ttl is not None:
-        message.ttl.FromNanoseconds(round(ttl * 1e9))
-    if stale_ttl is not None:
-        message.stale_ttl.FromNanoseconds(round(stale_ttl * 1e9))
-    if content_type:
-        message.content_type = content_type
-    if tags:
-        message.tags.extend(tags)
+    message.key = entry.key
+    message.value = entry.value
+    if entry.ttl is not None:
+        message.ttl.FromNanoseconds(round(entry.ttl * 1e9))
+    if entry.stale_ttl is not None:
+        message.stale_ttl.FromNanoseconds(round(entry.stale_ttl * 1e9))
+    if entry.content_type:
+        message.content_type = entry.content_type
+    if entry.tags:
+        message.tags.extend(entry.tags)
 
 
 def _size_of_entry(entry: Entry) -> int:
@@ -515,17 +516,14 @@ def _read_get(response: Any) -> Lookup:
     if outcome == cache_pb2.OUTCOME_MISS:
         return _DEGRADED_MISS if message.degraded else _MISS
     ttl = message.ttl
-    return _new_tuple(
-        Lookup,
-        (
-            _OUTCOMES[outcome],
-            message.value,
-            message.content_type,
-            message.version,
-            ttl.seconds + ttl.nanos * 1e-9,
-            tuple(message.tags),
-            message.degraded,
-        ),
+    return Lookup(
+        _OUTCOMES[outcome],
+        message.value,
+        message.content_type,
+        message.version,
+        ttl.seconds + ttl.nanos * 1e-9,
+        tuple(message.tags),
+        message.degraded,
     )
 
 
@@ -534,7 +532,4 @@ def _read_stored(response: Any) -> Stored:
 
 
 _MISS: Final = Lookup(Outcome.MISS, b"", "", 0, 0.0, (), False)
-_DEGRADED_MISS: Final = _MISS._replace(degraded=True)
-
-_new_tuple = tuple.__new__
-"""A NamedTuple's own constructor takes twice as long."""
+_DEGRADED_MISS: Final = Lookup(Outcome.MISS, b"", "", 0, 0.0, (), True)

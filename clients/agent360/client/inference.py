@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
+
+from msgspec import Struct
 
 from agent360.client.chat import (
     Answer,
@@ -36,7 +38,7 @@ _CREDITS: Final = 64
 """Pieces of a streamed answer that may be on their way before the reader has taken them."""
 
 
-class Delta(NamedTuple):
+class Delta(Struct, frozen=True, gc=False):
     """A piece of an answer."""
 
     text: str
@@ -45,7 +47,7 @@ class Delta(NamedTuple):
     """Pieces of tool calls."""
 
 
-class Embeddings(NamedTuple):
+class Embeddings(Struct, frozen=True, gc=False):
     """Vectors, in the order of the texts."""
 
     vectors: tuple[tuple[float, ...], ...]
@@ -56,7 +58,7 @@ class Embeddings(NamedTuple):
     """The model that answered."""
 
 
-class TokenCount(NamedTuple):
+class TokenCount(Struct, frozen=True, gc=False):
     """The number of tokens of a prompt."""
 
     input_tokens: int

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
+
+from msgspec import Struct
 
 from agent360.client.coalescer import Coalescer, Wire
 from agent360.client.many import Results
@@ -22,8 +24,8 @@ Descriptor = Mapping[str, str]
 """Facts that limits are matched and counted by, such as user, api_key, model or method."""
 
 
-class Decision(NamedTuple):
-    """The decision on a request. A tuple, because it is made for every check."""
+class Decision(Struct, frozen=True, gc=False):
+    """The decision on a request."""
 
     allowed: bool
     """Whether it may be done."""
@@ -36,14 +38,14 @@ class Decision(NamedTuple):
     reset_after_s: float
     """Seconds until the tightest limit is whole again."""
     retry_after_s: float | None
-    """When denied: seconds after which the same request can be admitted; None: never."""
+    """When denied, or granted in part: seconds after which it can be admitted; None: never."""
     limit_id: str
     """The tightest limit or, when denied, the one that denied; empty if no limit applies."""
     degraded: bool
     """True where the store was away and the limit's failure mode decided."""
 
 
-class CheckRequest(NamedTuple):
+class CheckRequest(Struct, frozen=True, gc=False):
     """One of many checks."""
 
     name: str
@@ -56,7 +58,7 @@ class CheckRequest(NamedTuple):
     """Whether fewer hits than asked for may be granted."""
 
 
-class Reservation(NamedTuple):
+class Reservation(Struct, frozen=True, gc=False):
     """Tokens set aside, or the decision that denied them."""
 
     decision: Decision
@@ -65,7 +67,7 @@ class Reservation(NamedTuple):
     """For ``settle``; empty when denied."""
 
 
-class Settlement(NamedTuple):
+class Settlement(Struct, frozen=True, gc=False):
     """What a settle did."""
 
     adjustment: int
@@ -76,7 +78,7 @@ class Settlement(NamedTuple):
     """How many more tokens the tightest limit would admit now."""
 
 
-class Slot(NamedTuple):
+class Slot(Struct, frozen=True, gc=False):
     """Concurrency slots, or the decision that denied them."""
 
     decision: Decision
@@ -372,15 +374,14 @@ class _Release(SingleOperation[bool]):
 
 
 def _fill_check(message: Any, request: CheckRequest) -> None:
-    name, hits, descriptor, allow_partial = request
-    message.name = name
-    if hits != 1:
-        message.hits = hits
-    if descriptor:
+    message.name = request.name
+    if request.hits != 1:
+        message.hits = request.hits
+    if request.descriptor:
         facts = message.descriptor
-        for key, value in descriptor.items():
+        for key, value in request.descriptor.items():
             facts[key] = value
-    if allow_partial:
+    if request.allow_partial:
         message.allow_partial = True
 
 
@@ -392,20 +393,13 @@ def _read_check(response: Any) -> Decision:
     if message.HasField("retry_after"):
         retry = message.retry_after
         retry_after_s = retry.seconds + retry.nanos * 1e-9
-    return _new_tuple(
-        Decision,
-        (
-            allowed,
-            message.granted,
-            message.remaining,
-            message.limit,
-            reset.seconds + reset.nanos * 1e-9,
-            retry_after_s,
-            message.limit_id,
-            message.degraded,
-        ),
+    return Decision(
+        allowed,
+        message.granted,
+        message.remaining,
+        message.limit,
+        reset.seconds + reset.nanos * 1e-9,
+        retry_after_s,
+        message.limit_id,
+        message.degraded,
     )
-
-
-_new_tuple = tuple.__new__
-"""A NamedTuple's own constructor takes twice as long."""
