@@ -23,10 +23,10 @@ from agent360.mesh.cache.wire import requests as read
 from agent360.mesh.cache.wire import responses as write
 from agent360.mesh.runtime.call import Call, Emit, Item
 from agent360.mesh.runtime.pages import (
-    apply_read_mask,
     decode_page_token,
     encode_page_token,
     page_size,
+    read_mask,
 )
 from agent360.mesh.runtime.service import ServiceContext, ServiceDefinition
 
@@ -124,7 +124,7 @@ class CacheServicer:
             key = request.key
             try:
                 if request.namespace != namespace or item.call.tenant != tenant:
-                    read.check_namespace(request.namespace)
+                    read.check_address(request.namespace, key)
                     tenant, namespace = item.call.tenant, request.namespace
                     space = self._service.space_to_read(tenant, namespace)
                 if not 0 < len(key) <= read.SURELY_SHORT:
@@ -275,6 +275,7 @@ class CacheServicer:
         size = page_size(request.page_size)
         query = "\0".join(sorted(request.namespaces)).encode()
         after = decode_page_token(call.tenant, query, request.page_token)
+        masked = read_mask(request, pb.NamespaceStats)
         wanted = frozenset(request.namespaces)
         spaces = self._service.spaces(call.tenant)
         names = sorted(
@@ -286,8 +287,7 @@ class CacheServicer:
         for name in names[:size]:
             stats = pb.NamespaceStats()
             write.write_stats(stats, spaces[name])
-            masked = apply_read_mask(stats, request.read_mask, request.HasField("read_mask"))
-            response.namespaces.append(masked)
+            response.namespaces.append(masked(stats))
         if len(names) > size:
             response.next_page_token = encode_page_token(call.tenant, query, names[size - 1])
         return response

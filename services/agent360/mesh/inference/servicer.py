@@ -151,12 +151,13 @@ class InferenceServicer:
         """A page of the models that the caller's tenant may use."""
         size = pages.page_size(request.page_size)
         after = pages.decode_page_token(call.tenant, b"models", request.page_token)
+        masked = pages.read_mask(request, pb.Model)
         models = sorted(self._catalogue.usable(call.tenant), key=lambda each: each.name)
         if after is not None:
             models = [model for model in models if model.name > str(after)]
         response = pb.ListModelsResponse()
         for model in models[:size]:
-            response.models.append(self._described(model, request))
+            response.models.append(masked(self._described(model)))
         if len(models) > size:
             response.next_page_token = pages.encode_page_token(
                 call.tenant, b"models", models[size - 1].name
@@ -166,12 +167,12 @@ class InferenceServicer:
     async def get_model(self, call: Call, request: Any) -> pb.GetModelResponse:
         """One model."""
         model = self._catalogue.get(request.name, call.tenant)
-        return pb.GetModelResponse(model=self._described(model, request))
+        masked = pages.read_mask(request, pb.Model)
+        return pb.GetModelResponse(model=masked(self._described(model)))
 
-    def _described(self, model: ModelSettings, request: Any) -> pb.Model:
+    def _described(self, model: ModelSettings) -> pb.Model:
         described = pb.Model()
         responses.write_model(
             described, model, self._fleet.health(model), self._fleet.load(model.name)
         )
-        masked = request.HasField("read_mask")
-        return pages.apply_read_mask(described, request.read_mask, masked)
+        return described

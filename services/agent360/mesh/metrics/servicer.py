@@ -18,10 +18,10 @@ from agent360.mesh.metrics.settings import SCHEME, MetricsSettings
 from agent360.mesh.metrics.stores.sqlite import SqliteStore
 from agent360.mesh.runtime.call import Call, Emit, Item
 from agent360.mesh.runtime.pages import (
-    apply_read_mask,
     decode_page_token,
     encode_page_token,
     page_size,
+    read_mask,
 )
 from agent360.mesh.runtime.service import ServiceContext, ServiceDefinition
 from agent360.metrics.v1 import metrics_pb2
@@ -165,15 +165,14 @@ class MetricsServicer:
         query = wire.read_query(call.tenant, request, time.time())
         fingerprint = wire.without_page(request)
         offset = decode_page_token(call.tenant, fingerprint, request.page_token) or 0
+        masked = read_mask(request, metrics_pb2.Group)
         rows = await self._store.rollups(
             call.tenant, query.name, query.matchers, query.start_s, query.end_s
         )
         groups = answer(query, rows)
         response = metrics_pb2.QueryResponse()
         for group in groups[offset : offset + size]:
-            message = wire.group_message(group)
-            masked = apply_read_mask(message, request.read_mask, request.HasField("read_mask"))
-            response.groups.append(masked)
+            response.groups.append(masked(wire.group_message(group)))
         if len(groups) > offset + size:
             response.next_page_token = encode_page_token(call.tenant, fingerprint, offset + size)
         return response
@@ -184,6 +183,7 @@ class MetricsServicer:
         matchers = wire.read_matchers(request.matchers)
         fingerprint = wire.without_page(request)
         offset = decode_page_token(call.tenant, fingerprint, request.page_token) or 0
+        masked = read_mask(request, metrics_pb2.Series)
         found = [
             series
             for series in await self._store.series(call.tenant, request.name)
@@ -191,9 +191,7 @@ class MetricsServicer:
         ]
         response = metrics_pb2.ListSeriesResponse()
         for series in found[offset : offset + size]:
-            message = wire.series_message(series)
-            masked = apply_read_mask(message, request.read_mask, request.HasField("read_mask"))
-            response.series.append(masked)
+            response.series.append(masked(wire.series_message(series)))
         if len(found) > offset + size:
             response.next_page_token = encode_page_token(call.tenant, fingerprint, offset + size)
         return response
@@ -216,13 +214,12 @@ class MetricsServicer:
         wanted = wire.read_event_filter(call.tenant, request)
         query = request.filter.SerializeToString(deterministic=True)
         position = decode_page_token(call.tenant, query, request.page_token)
+        masked = read_mask(request, audit_pb2.Event)
         before = (int(position[0]), str(position[1])) if position else None
         events = await self._store.events(wanted, before, size + 1)
         response = audit_pb2.ListEventsResponse()
         for event in events[:size]:
-            message = audit_pb2.Event.FromString(event.body)
-            masked = apply_read_mask(message, request.read_mask, request.HasField("read_mask"))
-            response.events.append(masked)
+            response.events.append(masked(audit_pb2.Event.FromString(event.body)))
         if len(events) > size:
             last = events[size - 1]
             response.next_page_token = encode_page_token(

@@ -19,10 +19,10 @@ from agent360.mesh.ratelimit.limits import Algorithm, Limit, LimitSet, read_limi
 from agent360.mesh.ratelimit.settings import RateLimitSettings
 from agent360.mesh.runtime.call import Call, Emit, Item
 from agent360.mesh.runtime.pages import (
-    apply_read_mask,
     decode_page_token,
     encode_page_token,
     page_size,
+    read_mask,
 )
 from agent360.mesh.runtime.service import ServiceContext, ServiceDefinition
 from agent360.mesh.runtime.telemetry import MESH_TENANT
@@ -204,21 +204,19 @@ class RateLimitServicer:
                 f"there is no limit {request.limit_id[:128]!r}",
                 metadata={"limit_id": request.limit_id[:128]},
             )
-        message = _limit_message(limit)
-        masked = apply_read_mask(message, request.read_mask, request.HasField("read_mask"))
-        return pb.GetLimitResponse(limit=masked)
+        masked = read_mask(request, pb.Limit)
+        return pb.GetLimitResponse(limit=masked(_limit_message(limit)))
 
     async def list_limits(self, call: Call, request: Any) -> Any:
         """Lists the limits in force for the tenant, in the order of their ids."""
         size = page_size(request.page_size)
         after = decode_page_token(call.tenant, b"limits", request.page_token)
+        masked = read_mask(request, pb.Limit)
         limits = self.limiter.limits_of(call.tenant)
         ids = sorted(each for each in limits if after is None or each > after)
         response = pb.ListLimitsResponse()
         for limit_id in ids[:size]:
-            message = _limit_message(limits[limit_id])
-            masked = apply_read_mask(message, request.read_mask, request.HasField("read_mask"))
-            response.limits.append(masked)
+            response.limits.append(masked(_limit_message(limits[limit_id])))
         if len(ids) > size:
             response.next_page_token = encode_page_token(call.tenant, b"limits", ids[size - 1])
         return response

@@ -6,6 +6,7 @@ import base64
 import binascii
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
 from google.protobuf.field_mask_pb2 import FieldMask
@@ -62,28 +63,35 @@ def decode_page_token(tenant: str, query: bytes, token: str) -> Any:
     return position
 
 
-def apply_read_mask(message: M, mask: FieldMask, present: bool) -> M:
-    """Keeps only the fields that a read mask names; without a mask, all.
+def read_mask(request: Any, message_class: type[M]) -> Callable[[M], M]:
+    """Reads the mask of a request; what it returns keeps of a message only what the mask names.
+
+    Without a mask that is everything.
 
     Raises:
-        InvalidRequestError: a path is not a field of the message.
+        InvalidRequestError: a path is not a field of the messages.
     """
-    if not present or not mask.paths or "*" in mask.paths:
-        return message
-    unknown = [path for path in mask.paths if not _has_path(message, path)]
+    mask: FieldMask = request.read_mask
+    if not request.HasField("read_mask") or not mask.paths or "*" in mask.paths:
+        return lambda message: message
+    described: Any = message_class.DESCRIPTOR
+    unknown = [
+        path for path in mask.paths if not FieldMask(paths=[path]).IsValidForDescriptor(described)
+    ]
     if unknown:
-        name = message.DESCRIPTOR.name
         raise InvalidRequestError(
-            [Violation("read_mask", f"{path!r} is not a field of {name}") for path in unknown]
+            [
+                Violation("read_mask", f"{path!r} is not a field of {described.name}")
+                for path in unknown
+            ]
         )
-    kept = type(message)()
-    mask.MergeMessage(message, kept)
-    return kept
 
+    def masked(message: M) -> M:
+        kept = message_class()
+        mask.MergeMessage(message, kept)
+        return kept
 
-def _has_path(message: Message, path: str) -> bool:
-    mask = FieldMask(paths=[path])
-    return bool(mask.IsValidForDescriptor(message.DESCRIPTOR))  # type: ignore[arg-type]  # upb's own
+    return masked
 
 
 def _fingerprint(tenant: str, query: bytes) -> str:
