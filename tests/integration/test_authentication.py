@@ -155,6 +155,35 @@ async def test_a_key_of_several_tenants_must_say_which_it_means() -> None:
         assert "is missing" in error.violations[0].description
 
 
+@pytest.mark.parametrize(
+    ("key", "tenant", "reason"),
+    [
+        ("key-one", "acme", ""),
+        ("key-one", "", ""),
+        ("key-one", "globex", "TENANT_NOT_ALLOWED"),
+        ("key-two", "", "INVALID_REQUEST"),
+        ("key-unknown", "acme", "API_KEY_UNKNOWN"),
+    ],
+)
+async def test_a_watch_shows_nobody_anothers_changes(key: str, tenant: str, reason: str) -> None:
+    async with running("cache", **SETTINGS) as server, open_channel(server.address) as channel:
+        rpc = channel.unary_stream(
+            "/agent360.cache.v1.CacheService/Watch",
+            request_serializer=pb.WatchRequest.SerializeToString,
+            response_deserializer=pb.WatchResponse.FromString,
+        )
+        metadata = [("authorization", f"Bearer {key}")]
+        if tenant:
+            metadata.append(("x-agent360-tenant", tenant))
+        call = rpc(pb.WatchRequest(), metadata=metadata, timeout=10)
+        if not reason:
+            assert await call.read() is not grpc.aio.EOF
+            return
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call.read()
+        assert from_rpc_error(caught.value).reason == reason
+
+
 async def test_where_tenants_are_known_others_are_refused() -> None:
     tenants = {"strict": True, "known": ("acme",)}
     async with running("cache", tenants=tenants) as server:

@@ -19,13 +19,14 @@ from agent360.mesh.runtime.batch import Group
 from agent360.mesh.runtime.call import Call, Item, Principal
 from agent360.mesh.runtime.failures import deadline_error, to_mesh_error
 from agent360.mesh.runtime.pipeline import PRIORITIES, abort
-from agent360.mesh.runtime.policies import Policies
+from agent360.mesh.runtime.policies import Policies, Policy
 from agent360.mesh.runtime.policies.authentication import Authenticator
 from agent360.mesh.runtime.single import current_group
 
 _PREFIX: Final = "/agent360."
 _CHANNELZ: Final = "/grpc.channelz."
 _LOCAL_PEERS: Final = ("ipv4:127.", "ipv6:%5B::1%5D:", "ipv6:[::1]:", "unix:")
+_ITEMS_NAME_TENANTS: Final = ("/Pipeline", "/Report")
 _OK: Final = grpc.StatusCode.OK
 _MAX_TIME_REMAINING_S: Final = 10 * 365 * 86_400.0
 
@@ -44,13 +45,15 @@ class PolicyInterceptor(grpc.aio.ServerInterceptor):
     """Authenticates RPCs and runs the policies for all four arities.
 
     A unary request is one call. A stream that lives as long as its caller wants (Pipeline, Watch,
-    Report) is authenticated and nothing else: its items are the calls.
+    Report) is authenticated and, unless its items name their tenants themselves, authorised; it
+    has no deadline and takes no quota.
     """
 
     def __init__(
         self,
         authenticator: Authenticator,
         policies: Policies,
+        authorization: Policy,
         *,
         long_lived: frozenset[str],
         compression: Compression | None,
@@ -58,6 +61,7 @@ class PolicyInterceptor(grpc.aio.ServerInterceptor):
     ) -> None:
         self._authenticator = authenticator
         self._policies = policies
+        self._authorization = authorization
         self._long_lived = long_lived
         self._compression = compression
         self._log = log
@@ -169,10 +173,17 @@ class PolicyInterceptor(grpc.aio.ServerInterceptor):
         return behave
 
     def _lasting(self, method: str, inner: Any) -> Any:
-        """A stream that is not a call: authenticated, then left to its handler."""
+        """A stream that is not a call: let in, then left to its handler."""
+
+        items_name_tenants = method.endswith(_ITEMS_NAME_TENANTS)
 
         async def identify(context: Any) -> None:
             group = Group(await self._identify(method, context), "", None)
+            if not items_name_tenants:
+                try:
+                    self._authorization.before(group)
+                except MeshError as error:
+                    await abort(context, error)
             current_group.set(group)
             enter_scope(group.scope()._replace(deadline=None))
 

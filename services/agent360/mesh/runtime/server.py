@@ -208,11 +208,12 @@ class Server:
 
     def _policies(self) -> list[Policy]:
         settings = self.settings
+        self._authorization = AuthenticationPolicy(settings.tenants)
         policies: list[Policy] = [AccessPolicy(settings.log, self._red, self.log)]
         if self._tracing.enabled:
             policies.append(TracingPolicy(self._tracing.tracer, settings.tracing.sample_ratio))
         policies += [
-            AuthenticationPolicy(settings.tenants),
+            self._authorization,
             DeadlinePolicy(settings.deadline),
             SheddingPolicy(settings.shedding),
         ]
@@ -244,6 +245,7 @@ class Server:
                         settings.authentication, settings.mesh.api_key.get_secret_value()
                     ),
                     policies,
+                    self._authorization,
                     long_lived=frozenset(lasting),
                     compression=Compression(grpc.Compression.Gzip, settings.compression_min_bytes)
                     if compressed

@@ -51,13 +51,6 @@ class Write(NamedTuple):
     """For ``Condition.IF_VERSION``."""
 
 
-def check_namespace(name: str, field: str = "namespace") -> None:
-    """Raises InvalidRequestError unless the name can be that of a namespace."""
-    faults = Violations()
-    faults.text(field, name, max_bytes=MAX_NAMESPACE_BYTES)
-    faults.raise_if_any()
-
-
 def check_address(namespace: str, key: str) -> None:
     """Raises InvalidRequestError unless namespace and key can be those of an entry."""
     faults = Violations()
