@@ -148,6 +148,16 @@ async def test_a_missing_or_malformed_tenant_is_named_with_the_rule(tenant: str)
             assert caught.value.violations[0].field == "metadata x-agent360-tenant"
 
 
+async def test_what_a_key_of_one_tenant_measures_is_that_tenants() -> None:
+    async with (
+        running("metrics", **SETTINGS) as server,
+        Mesh.connect(metrics=server.address, api_key="key-one") as mesh,
+    ):
+        mesh.metrics.count("plans", 3)
+        await mesh.metrics.flush()
+        assert [each.name async for each in mesh.metrics.list_series("plans")] == ["plans"]
+
+
 async def test_a_key_of_several_tenants_must_say_which_it_means() -> None:
     async with running("cache", **SETTINGS) as server:
         error = await refused(server.address, "key-two")

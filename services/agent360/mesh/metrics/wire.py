@@ -86,7 +86,8 @@ class ReportReader:
 
     def _define(self, definition: Any) -> SeriesId | str:
         series = definition.series
-        tenant = definition.tenant or self._call.tenant
+        call = self._call
+        tenant = definition.tenant or call.tenant or call.principal.only_tenant
         if TENANT_PATTERN.fullmatch(tenant) is None:
             return f"{series.name[:128]}: tenant {TENANT_RULE}"
         if not self._call.principal.may_speak_for(tenant):

@@ -32,6 +32,13 @@ class Principal:
     admin: bool = False
     """True for operators: may change what concerns all tenants."""
 
+    @property
+    def only_tenant(self) -> str:
+        """The tenant of calls that name none; empty if the principal has not just one."""
+        if len(self.tenants) != 1 or ANY_TENANT in self.tenants:
+            return ""
+        return next(iter(self.tenants))
+
     def may_speak_for(self, tenant: str) -> bool:
         """Whether the principal is bound to the tenant."""
         return tenant in self.tenants or ANY_TENANT in self.tenants

@@ -1,14 +1,18 @@
-"""Turns whatever a handler raised into the error that the caller sees."""
+"""Turns whatever a handler raised into the error that the caller sees, and ends RPCs with it."""
 
 from __future__ import annotations
 
 import asyncio
 import uuid
+from typing import Any, Final, NoReturn
 
 import grpc
 import structlog
 
 from agent360.client.errors import DeadlineExceededError, MeshError, from_rpc_error
+
+_FAREWELL_S: Final = 1.0
+"""How long a caller has to take the error."""
 
 
 def to_mesh_error(
@@ -38,3 +42,21 @@ def to_mesh_error(
 def deadline_error() -> MeshError:
     """The error of a call whose deadline passed while it was worked on."""
     return DeadlineExceededError("the deadline passed while the call was worked on")
+
+
+async def abort(context: Any, error: MeshError) -> NoReturn:
+    """Ends an RPC with an error and its details; where the caller does not take them, without.
+
+    Raises:
+        grpc.aio.AbortError: the caller was told.
+        asyncio.CancelledError: the caller is gone, or reads nothing.
+    """
+    details = ("grpc-status-details-bin", error.to_status().SerializeToString())
+    try:
+        async with asyncio.timeout(_FAREWELL_S):
+            await context.abort(error.code, error.message, (details,))
+    except grpc.aio.AbortError:
+        raise
+    except Exception as failure:
+        raise asyncio.CancelledError from failure
+    raise AssertionError("an abort raises")

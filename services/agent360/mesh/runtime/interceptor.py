@@ -17,8 +17,8 @@ from agent360.client.context import enter_scope
 from agent360.client.errors import MeshError
 from agent360.mesh.runtime.batch import Group
 from agent360.mesh.runtime.call import Call, Item, Principal
-from agent360.mesh.runtime.failures import deadline_error, to_mesh_error
-from agent360.mesh.runtime.pipeline import PRIORITIES, abort
+from agent360.mesh.runtime.failures import abort, deadline_error, to_mesh_error
+from agent360.mesh.runtime.pipeline import PRIORITIES
 from agent360.mesh.runtime.policies import Policies, Policy
 from agent360.mesh.runtime.policies.authentication import Authenticator
 from agent360.mesh.runtime.single import current_group

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Awaitable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 import grpc
 import structlog
@@ -24,7 +24,7 @@ from agent360.client.errors import (
 )
 from agent360.mesh.runtime.batch import Group
 from agent360.mesh.runtime.call import BatchHandler, Call, Item, Principal, Priority
-from agent360.mesh.runtime.failures import deadline_error, to_mesh_error
+from agent360.mesh.runtime.failures import abort, deadline_error, to_mesh_error
 from agent360.mesh.runtime.policies import Policies
 from agent360.mesh.runtime.settings import StreamSettings
 from agent360.mesh.runtime.validation import seconds_of
@@ -32,7 +32,6 @@ from agent360.mesh.runtime.validation import seconds_of
 PRIORITIES: Final = (Priority.NORMAL, Priority.LOW, Priority.NORMAL, Priority.HIGH)
 _RESULT_OVERHEAD_BYTES: Final = 64
 _SLICE_ITEMS: Final = 128
-_FAREWELL_S: Final = 1.0
 _OK: Final = grpc.StatusCode.OK
 
 
@@ -530,21 +529,3 @@ class PipelineStream:
             )
         except Exception:  # noqa: BLE001 - the transport is gone: end the stream, not the service
             self._cut(UnavailableError("the connection broke"))
-
-
-async def abort(context: Any, error: MeshError) -> NoReturn:
-    """Ends an RPC with an error and its details; where the caller does not take them, without.
-
-    Raises:
-        grpc.aio.AbortError: the caller was told.
-        asyncio.CancelledError: the caller is gone, or reads nothing.
-    """
-    details = ("grpc-status-details-bin", error.to_status().SerializeToString())
-    try:
-        async with asyncio.timeout(_FAREWELL_S):
-            await context.abort(error.code, error.message, (details,))
-    except grpc.aio.AbortError:
-        raise
-    except Exception as failure:
-        raise asyncio.CancelledError from failure
-    raise AssertionError("an abort raises")

@@ -76,7 +76,11 @@ class AuthenticationPolicy:
         if (call.principal, call.tenant) in self._proven:
             return
         if not call.tenant:
-            call.tenant = self._only_tenant(call.principal, call.streamed)
+            call.tenant = call.principal.only_tenant
+        if not call.tenant:
+            raise InvalidRequestError(
+                [Violation(_field(call.streamed), f"is missing; {TENANT_RULE}")]
+            )
         if TENANT_PATTERN.fullmatch(call.tenant) is None:
             raise InvalidRequestError([Violation(_field(call.streamed), TENANT_RULE)])
         if not call.principal.may_speak_for(call.tenant):
@@ -99,13 +103,6 @@ class AuthenticationPolicy:
 
     def after(self, group: Group, code: grpc.StatusCode, count: int, duration_s: float) -> None:
         """Nothing."""
-
-    @staticmethod
-    def _only_tenant(principal: Principal, streamed: bool) -> str:
-        bound = principal.tenants - {ANY_TENANT}
-        if len(bound) == 1 and len(principal.tenants) == 1:
-            return next(iter(bound))
-        raise InvalidRequestError([Violation(_field(streamed), f"is missing; {TENANT_RULE}")])
 
 
 _MAX_PROVEN: Final = 10_000
