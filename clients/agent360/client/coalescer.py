@@ -134,9 +134,7 @@ class Coalescer:
         future: asyncio.Future[T] = self._loop.create_future()
         operation.future = future
         self.prepare(operation, timeout, tenant)
-        if self._in_flight >= self._max_in_flight or self._turns:
-            await self._take_turn(operation.deadline)
-        self._in_flight += 1
+        await self.take_turn(operation.deadline, 1)
         try:
             if operation.size_bytes > self._oversize:
                 return await self._call_alone(operation)
@@ -147,9 +145,7 @@ class Coalescer:
             self.withdraw(operation)
             raise
         finally:
-            self._in_flight -= 1
-            if self._turns:
-                self._give_turn()
+            self.note_ended(1)
 
     def prepare(self, operation: Operation, timeout: float | None, tenant: str | None) -> None:
         """Gives an operation its facts and deadline, from the arguments and the current scope."""
@@ -187,16 +183,22 @@ class Coalescer:
         for lane in self._lanes.values():
             lane.give_credit(item_id, operation, chunks)
 
-    async def take_turn(self, deadline: float) -> None:
-        """Waits until more may be in flight; every ``note_in_flight`` above zero follows one."""
-        if self._in_flight >= self._max_in_flight or self._turns:
-            await self._take_turn(deadline)
+    @property
+    def full(self) -> bool:
+        """Whether ``take_turn`` would have to wait."""
+        return self._in_flight >= self._max_in_flight or bool(self._turns)
 
-    def note_in_flight(self, items: int) -> None:
-        """Adds items to what is in flight, or takes them off it."""
+    async def take_turn(self, deadline: float, items: int) -> None:
+        """Waits until more may be in flight and counts ``items`` in; ``note_ended`` must follow."""
+        if self.full:
+            await self._take_turn(deadline)
         self._in_flight += items
-        if items < 0 and self._turns:
-            self._give_turn()
+
+    def note_ended(self, items: int) -> None:
+        """Takes items off what is in flight."""
+        self._in_flight -= items
+        if self._turns:
+            self._give_turns(items)
 
     @property
     def away(self) -> bool:
@@ -487,12 +489,13 @@ class Coalescer:
                 f"the deadline passed while {self._in_flight:,} calls were in flight"
             ) from None
 
-    def _give_turn(self) -> None:
-        while self._turns and self._in_flight < self._max_in_flight:
+    def _give_turns(self, ended: int) -> None:
+        """Lets one waiter go on for each item that ended."""
+        while ended and self._turns and self._in_flight < self._max_in_flight:
             turn = self._turns.popleft()
             if not turn.done():
                 turn.set_result(None)
-                return
+                ended -= 1
 
     async def _call_alone(self, operation: SingleOperation[T]) -> T:
         """Sends an item that is too large to share a stream by the unary form of its RPC."""

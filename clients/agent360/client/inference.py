@@ -114,8 +114,7 @@ class AnswerStream:
         coalescer = self._coalescer
         operation = _StreamGenerate(self._request)
         coalescer.prepare(operation, self._timeout, self._tenant)
-        await coalescer.take_turn(operation.deadline)
-        coalescer.note_in_flight(1)
+        await coalescer.take_turn(operation.deadline, 1)
         pieces: list[str] = []
         taken = 0
         try:
@@ -134,7 +133,7 @@ class AnswerStream:
             if not operation.ended:
                 operation.close()
                 coalescer.withdraw(operation)
-            coalescer.note_in_flight(-1)
+            coalescer.note_ended(1)
 
 
 class InferenceClient:

@@ -86,7 +86,7 @@ class Results(Generic[T]):
                     first, values = operation.first_index, operation.values
                     arrived, operation.arrived = operation.arrived, []
                     yield [(first + position, values[position]) for position in arrived]
-                    self._answered(len(arrived))
+                    self._outstanding -= len(arrived)
         finally:
             self._withdraw()
 
@@ -100,7 +100,7 @@ class Results(Generic[T]):
         try:
             while await self._arrived(operations):
                 for operation in self._take_ready():
-                    self._answered(len(operation.arrived))
+                    self._outstanding -= len(operation.arrived)
                     operation.arrived.clear()
         finally:
             self._withdraw()
@@ -123,10 +123,16 @@ class Results(Generic[T]):
         return ready
 
     async def _send_more(self, sent: list[ManyOperation[Any, T]] | None) -> None:
-        """Sends messages of calls as long as two are not yet waiting for answers."""
-        bounds = self._coalescer.bounds
+        """Sends messages of calls as long as two are not yet waiting for answers.
+
+        Waits for its turn only while there is nothing of its own to wait for or to hand out.
+        """
+        coalescer = self._coalescer
+        bounds = coalescer.bounds
         window = min(2 * bounds.message_items, bounds.in_flight)
         while not self._exhausted and self._outstanding < window:
+            if self._outstanding and coalescer.full:
+                return
             chunk, size = self._next_chunk()
             if not chunk:
                 return
@@ -137,19 +143,19 @@ class Results(Generic[T]):
                 fill=self._fill,
                 read=self._read,
                 sink=self._sink,
+                on_end=coalescer.note_ended,
                 repeatable=self._repeatable,
                 size_bytes=size,
             )
-            self._coalescer.prepare(operation, self._timeout, self._tenant)
-            await self._coalescer.take_turn(operation.deadline)
+            coalescer.prepare(operation, self._timeout, self._tenant)
+            await coalescer.take_turn(operation.deadline, len(chunk))
             self._sent += len(chunk)
             self._outstanding += len(chunk)
-            self._coalescer.note_in_flight(len(chunk))
             self._operations = [each for each in self._operations if not each.ended]
             self._operations.append(operation)
             if sent is not None:
                 sent.append(operation)
-            self._coalescer.dispatch(operation)
+            coalescer.dispatch(operation)
 
     def _next_chunk(self) -> tuple[list[Any], int]:
         """The requests of the next message and about their bytes."""
@@ -173,15 +179,9 @@ class Results(Generic[T]):
         self._exhausted = True
         return chunk, total
 
-    def _answered(self, count: int) -> None:
-        self._outstanding -= count
-        self._coalescer.note_in_flight(-count)
-
     def _withdraw(self) -> None:
         """Tells the service that the rest is not wanted, if any is left."""
         for operation in self._operations:
             if not operation.ended:
                 self._coalescer.withdraw(operation)
                 operation.withdraw()
-        if self._outstanding:
-            self._answered(self._outstanding)

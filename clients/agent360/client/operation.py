@@ -127,15 +127,16 @@ class ManyOperation(Generic[R, T]):
     """Up to one message full of calls of the same method, whose results a sink is told of.
 
     Invariant: ``values`` holds by position what is answered, and ``_OPEN`` for what is not, of
-    which there are ``_left`` unless it was withdrawn; ``arrived`` lists the positions that were
-    answered and not yet taken. ``_pending`` holds the positions as last written, in the order of
-    their ids; None: all.
+    which there are ``_left`` unless it was withdrawn; ``on_end`` is called once, when that gets to
+    zero. ``arrived`` lists the positions that were answered and not yet taken. ``_pending`` holds
+    the positions as last written, in the order of their ids; None: all.
     """
 
     __slots__ = (
         "_fill",
         "_first_id",
         "_left",
+        "_on_end",
         "_pending",
         "_read",
         "_requests",
@@ -162,6 +163,7 @@ class ManyOperation(Generic[R, T]):
         fill: Callable[[Any, R], None],
         read: Callable[[Any], T],
         sink: Sink[R, T],
+        on_end: Callable[[int], None],
         repeatable: bool,
         size_bytes: int,
     ) -> None:
@@ -174,6 +176,7 @@ class ManyOperation(Generic[R, T]):
             fill: fills a request message in place; sets at least one of its fields.
             read: turns a response message into a result.
             sink: told of results and errors, as they come.
+            on_end: told of the number of requests when none waits any more.
             repeatable: whether sending calls again is harmless.
             size_bytes: about what all take in a message.
         """
@@ -189,6 +192,7 @@ class ManyOperation(Generic[R, T]):
         self._fill = fill
         self._read = read
         self._sink = sink
+        self._on_end = on_end
         self._left = len(requests)
         self._pending: list[int] | None = None
         self._first_id = 0
@@ -235,6 +239,8 @@ class ManyOperation(Generic[R, T]):
             if not arrived:
                 self._sink.tell(self)
             arrived.append(position)
+            if not self._left:
+                self._on_end(len(values))
         return False
 
     def fail(self, error: MeshError) -> None:
@@ -247,11 +253,13 @@ class ManyOperation(Generic[R, T]):
                     if not self.arrived:
                         self._sink.tell(self)
                     self.arrived.append(position)
-        self._left = 0
+        self.withdraw()
 
     def withdraw(self) -> None:
         """Nobody waits for the rest any more."""
-        self._left = 0
+        if self._left:
+            self._left = 0
+            self._on_end(len(self.values))
 
     def ids(self) -> Sequence[int]:
         """See ``Operation.ids``."""
