@@ -11,12 +11,15 @@ from agent360.mesh.services import NAMES, service_kind
 NOBODY: Final = "127.0.0.1:1"
 """An address where nobody listens."""
 
+_DEFAULTS: Final[dict[str, dict[str, Any]]] = {"metrics": {"store": "sqlite:///:memory:"}}
+
 
 @asynccontextmanager
 async def running(name: str, **settings: Any) -> AsyncIterator[Server]:
     """One service, started and stopped; it knows no other service but those it is told of."""
     kind = service_kind(name)
-    values = {"ephemeral_ports": True, "grace_s": 1.0, **settings}
+    defaults = {"ephemeral_ports": True, "grace_s": 1.0, **_DEFAULTS.get(name, {})}
+    values = {**defaults, **settings}
     values["mesh"] = {**dict.fromkeys(NAMES, NOBODY), **settings.get("mesh", {})}
     server = Server(kind.settings.model_validate(values), kind.servicer)
     await server.start()
