@@ -86,7 +86,7 @@ class Tally:
 
 def run_demo(requests: Path, upstream: str, model: str, *, hold: bool) -> int:
     """Runs the demo; returns 0 only if every request got an answer or a proper denial."""
-    console = Console(width=None if sys.stdout.isatty() else 130)
+    console = Console(width=None if sys.stdout.isatty() else 140)
     try:
         rows = [json.loads(line) for line in requests.read_text().splitlines() if line.strip()]
     except (OSError, json.JSONDecodeError) as error:
