@@ -129,6 +129,19 @@ async def test_a_failed_call_is_logged_with_who_made_it_and_a_served_one_is_not(
     assert line["peer"].startswith("ipv4:127.0.0.1:")
 
 
+async def test_a_call_refused_at_the_door_is_counted_and_logged_without_its_claims(
+    lines: list[dict[str, Any]],
+) -> None:
+    keys = [{"name": "one", "sha256": hash_key("key-one"), "tenants": ("acme",)}]
+    async with running("cache", authentication={"keys": keys}) as server:
+        with pytest.raises(Exception, match="UNAUTHENTICATED"):
+            await unary(server.address, "k")
+        assert count(server, "unary", "Unauthenticated") == 1
+    (line,) = (each for each in lines if each["event"] == "call")
+    assert (line["code"], line["method"], line["tenant"]) == ("UNAUTHENTICATED", METHOD, "")
+    assert line["peer"].startswith("ipv4:127.0.0.1:")
+
+
 @pytest.mark.parametrize(("access", "expected"), [("off", 0), ("errors", 1), ("all", 2)])
 async def test_the_setting_says_which_calls_are_logged(
     lines: list[dict[str, Any]], access: str, expected: int

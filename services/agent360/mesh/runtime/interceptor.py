@@ -26,6 +26,7 @@ from agent360.mesh.runtime.single import current_group
 _PREFIX: Final = "/agent360."
 _CHANNELZ: Final = "/grpc.channelz."
 _LOCAL_PEERS: Final = ("ipv4:127.", "ipv6:%5B::1%5D:", "ipv6:[::1]:", "unix:")
+_STRANGER: Final = Principal("", frozenset())
 _ITEMS_NAME_TENANTS: Final = ("/Pipeline", "/Report")
 _OK: Final = grpc.StatusCode.OK
 _MAX_TIME_REMAINING_S: Final = 10 * 365 * 86_400.0
@@ -218,8 +219,9 @@ class PolicyInterceptor(grpc.aio.ServerInterceptor):
         try:
             principal = self._authenticator.authenticate(metadata.get("authorization"))
         except MeshError as error:
+            stranger = _call(method, {}, _STRANGER, context)
+            self._policies.turned_away(Group(stranger, "", None), error.code)
             await abort(context, error)
-            raise
         return _call(method, metadata, principal, context)
 
     async def _admit(self, method: str, context: Any) -> Group:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Sequence
 from typing import Protocol
 
@@ -63,6 +64,10 @@ class Policies:
             waiting = policy.before(group)
             if waiting is not None:
                 await waiting
+
+    def turned_away(self, group: Group, code: grpc.StatusCode) -> None:
+        """Tells the first policy, the access log's, of a call that was refused at the door."""
+        self._policies[0].after(group, code, 1, time.perf_counter() - group.started)
 
     def finish(self, group: Group, code: grpc.StatusCode, count: int, duration_s: float) -> None:
         """Runs ``after`` of all policies that were reached; ``count`` items are done."""
