@@ -6,10 +6,11 @@ Example:
 """
 
 from agent360.client.audit import AuditEvent
-from agent360.client.cache import CacheClient, Entry, Lookup, Outcome
+from agent360.client.cache import CacheClient
 from agent360.client.channel import Tls
 from agent360.client.chat import Answer, AnswerSource, GenerateRequest, Message, Tool, ToolCall
 from agent360.client.context import CallScope, Priority, call_scope
+from agent360.client.entries import Entry, Lookup, Outcome
 from agent360.client.errors import (
     DeadlineExceededError,
     InvalidRequestError,

@@ -13,17 +13,10 @@ from typing import Self
 from agent360.audit.v1 import audit_pb2
 from agent360.cache.v1 import cache_pb2
 from agent360.client.audit import AuditClient, AuditEvent
-from agent360.client.cache import (
-    DEFAULT_NAMESPACE,
-    CacheClient,
-    Claim,
-    Entry,
-    Invalidated,
-    Lookup,
-    Stored,
-)
+from agent360.client.cache import DEFAULT_NAMESPACE, CacheClient
 from agent360.client.channel import MAX_MESSAGE_BYTES, Tls
 from agent360.client.chat import Answer, GenerateRequest
+from agent360.client.entries import Claim, Entry, Invalidated, Lookup, Stored
 from agent360.client.errors import MeshError
 from agent360.client.inference import Embeddings, InferenceClient, TokenCount
 from agent360.client.mesh import Addresses, Mesh
