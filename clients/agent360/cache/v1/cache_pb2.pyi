@@ -144,6 +144,7 @@ class Lookup(_message.Message):
     TTL_FIELD_NUMBER: _builtins.int
     TAGS_FIELD_NUMBER: _builtins.int
     DEGRADED_FIELD_NUMBER: _builtins.int
+    FAIL_SAFE_FIELD_NUMBER: _builtins.int
     outcome: Global___Outcome.ValueType
     """Hit, stale or miss."""
     value: _builtins.bytes
@@ -154,6 +155,8 @@ class Lookup(_message.Message):
     """The version of the entry that was read."""
     degraded: _builtins.bool
     """True where the shared store was away and only this replica's own memory was asked."""
+    fail_safe: _builtins.bool
+    """True where a stale value stands in, as the namespace's policy allows: loading failed, or the shared store was away."""
     @_builtins.property
     def ttl(self) -> _duration_pb2.Duration:
         """What remains of the entry's TTL; zero for a stale entry."""
@@ -172,10 +175,11 @@ class Lookup(_message.Message):
         ttl: _duration_pb2.Duration | None = ...,
         tags: _abc.Iterable[_builtins.str] | None = ...,
         degraded: _builtins.bool = ...,
+        fail_safe: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ttl", b"ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_type", b"content_type", "degraded", b"degraded", "outcome", b"outcome", "tags", b"tags", "ttl", b"ttl", "value", b"value", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_type", b"content_type", "degraded", b"degraded", "fail_safe", b"fail_safe", "outcome", b"outcome", "tags", b"tags", "ttl", b"ttl", "value", b"value", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -334,16 +338,20 @@ class DeleteResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     DELETED_FIELD_NUMBER: _builtins.int
+    SHARED_FIELD_NUMBER: _builtins.int
     deleted: _builtins.bool
     """Whether there was an entry."""
+    shared: _builtins.bool
+    """False where only this replica carried it out because the shared store was away; it is made up for when that is back."""
     def __init__(
         self,
         *,
         deleted: _builtins.bool = ...,
+        shared: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deleted", b"deleted"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deleted", b"deleted", "shared", b"shared"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -499,12 +507,17 @@ class ClaimRequest(_message.Message):
     KEY_FIELD_NUMBER: _builtins.int
     ALLOW_STALE_FIELD_NUMBER: _builtins.int
     FILL_TIMEOUT_FIELD_NUMBER: _builtins.int
+    EAGER_REFRESH_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     """The namespace."""
     key: _builtins.str
     """The key within the namespace."""
     allow_stale: _builtins.bool
     """Whether to take a stale value at once instead of waiting for another caller's fill."""
+    eager_refresh: _builtins.float
+    """The part of its TTL, above 0 and below 1, after which the first caller that finds a fresh entry gets a fill token with it,
+    to refresh it before it ends. Zero: as the namespace's policy says.
+    """
     @_builtins.property
     def fill_timeout(self) -> _duration_pb2.Duration:
         """How long the fill may take before the claim falls to the next caller. Absent: the service's default."""
@@ -516,10 +529,11 @@ class ClaimRequest(_message.Message):
         key: _builtins.str = ...,
         allow_stale: _builtins.bool = ...,
         fill_timeout: _duration_pb2.Duration | None = ...,
+        eager_refresh: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["fill_timeout", b"fill_timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_stale", b"allow_stale", "fill_timeout", b"fill_timeout", "key", b"key", "namespace", b"namespace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_stale", b"allow_stale", "eager_refresh", b"eager_refresh", "fill_timeout", b"fill_timeout", "key", b"key", "namespace", b"namespace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -538,7 +552,7 @@ class ClaimResponse(_message.Message):
     """Not empty: the caller is the one that fills the key, by calling Fill with this token."""
     @_builtins.property
     def lookup(self) -> Global___Lookup:
-        """What was found; with a fill token it is a miss or a stale entry."""
+        """What was found. With a fill token it is a miss, a stale entry, or a fresh entry that is to be refreshed early."""
 
     @_builtins.property
     def fill_timeout(self) -> _duration_pb2.Duration:
@@ -603,19 +617,31 @@ class FillResponse(_message.Message):
 
     STORED_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    SHARED_FIELD_NUMBER: _builtins.int
+    FALLBACK_FIELD_NUMBER: _builtins.int
     stored: _builtins.bool
     """False if the token had expired or the key was invalidated since the claim: the value was discarded."""
     version: _builtins.int
     """The version of the entry now in place; zero if there is none."""
+    shared: _builtins.bool
+    """False where only this replica holds the value because the shared store was away."""
+    @_builtins.property
+    def fallback(self) -> Global___Lookup:
+        """Answers a failure where the namespace's policy is fail-safe: the entry that is served instead, to this caller and to those
+        who wait. Absent: there is none.
+        """
+
     def __init__(
         self,
         *,
         stored: _builtins.bool = ...,
         version: _builtins.int = ...,
+        shared: _builtins.bool = ...,
+        fallback: Global___Lookup | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["fallback", b"fallback"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["stored", b"stored", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fallback", b"fallback", "shared", b"shared", "stored", b"stored", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -680,6 +706,7 @@ class InvalidateRequest(_message.Message):
     PREFIX_FIELD_NUMBER: _builtins.int
     TAGS_FIELD_NUMBER: _builtins.int
     ALL_FIELD_NUMBER: _builtins.int
+    WARM_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     """The namespace."""
     prefix: _builtins.str
@@ -694,6 +721,12 @@ class InvalidateRequest(_message.Message):
     def tags(self) -> Global___TagList:
         """All entries with any of these tags."""
 
+    @_builtins.property
+    def warm(self) -> _containers.RepeatedCompositeFieldContainer[Global___Entry]:
+        """Entries put in place of what goes; their namespace is ignored; at most 1,000. With all they are written to the next version
+        before the namespace moves to it, so that no caller finds them missing; else right after the removal.
+        """
+
     def __init__(
         self,
         *,
@@ -702,10 +735,11 @@ class InvalidateRequest(_message.Message):
         prefix: _builtins.str = ...,
         tags: Global___TagList | None = ...,
         all: _builtins.bool = ...,
+        warm: _abc.Iterable[Global___Entry] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "keys", b"keys", "prefix", b"prefix", "scope", b"scope", "tags", b"tags"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "keys", b"keys", "namespace", b"namespace", "prefix", b"prefix", "scope", b"scope", "tags", b"tags"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "keys", b"keys", "namespace", b"namespace", "prefix", b"prefix", "scope", b"scope", "tags", b"tags", "warm", b"warm"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_scope: _TypeAlias = _typing.Literal["keys", "prefix", "tags", "all"]  # noqa: Y015
     _WhichOneofArgType_scope: _TypeAlias = _typing.Literal["scope", b"scope"]  # noqa: Y015
@@ -722,22 +756,26 @@ class InvalidateResponse(_message.Message):
     REMOVED_FIELD_NUMBER: _builtins.int
     NAMESPACE_VERSION_FIELD_NUMBER: _builtins.int
     SHARED_FIELD_NUMBER: _builtins.int
+    WARMED_FIELD_NUMBER: _builtins.int
     removed: _builtins.int
     """How many entries were removed; zero for a whole namespace, whose entries are unreachable and removed later."""
     namespace_version: _builtins.int
     """The namespace's version after it."""
     shared: _builtins.bool
-    """False where only this replica carried it out because the shared store was away."""
+    """False where only this replica carried it out because the shared store was away; it is made up for when that is back."""
+    warmed: _builtins.int
+    """How many of the request's warm entries are in place."""
     def __init__(
         self,
         *,
         removed: _builtins.int = ...,
         namespace_version: _builtins.int = ...,
         shared: _builtins.bool = ...,
+        warmed: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["namespace_version", b"namespace_version", "removed", b"removed", "shared", b"shared"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["namespace_version", b"namespace_version", "removed", b"removed", "shared", b"shared", "warmed", b"warmed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1108,6 +1146,10 @@ class NamespaceStats(_message.Message):
     BYTES_FIELD_NUMBER: _builtins.int
     FILLS_FIELD_NUMBER: _builtins.int
     FILL_TIME_FIELD_NUMBER: _builtins.int
+    HIT_RATIO_FIELD_NUMBER: _builtins.int
+    FILL_FAILURES_FIELD_NUMBER: _builtins.int
+    DEGRADED_FIELD_NUMBER: _builtins.int
+    FAIL_SAFE_HITS_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     """The namespace."""
     version: _builtins.int
@@ -1138,6 +1180,14 @@ class NamespaceStats(_message.Message):
     """Bytes held now, keys and bookkeeping included."""
     fills: _builtins.int
     """Fills by claimers, and the time they took in all."""
+    hit_ratio: _builtins.float
+    """Hits of both levels as a part of all lookups, stale hits not counted as hits; zero if there were no lookups."""
+    fill_failures: _builtins.int
+    """Claims whose filler failed or let its token expire."""
+    degraded: _builtins.int
+    """Lookups that were answered while the shared store was away."""
+    fail_safe_hits: _builtins.int
+    """Lookups that were answered with a stale entry because loading failed or the shared store was away; part of stale_hits."""
     @_builtins.property
     def fill_time(self) -> _duration_pb2.Duration:
         """Time between claim and fill, added up."""
@@ -1161,10 +1211,14 @@ class NamespaceStats(_message.Message):
         bytes: _builtins.int = ...,
         fills: _builtins.int = ...,
         fill_time: _duration_pb2.Duration | None = ...,
+        hit_ratio: _builtins.float = ...,
+        fill_failures: _builtins.int = ...,
+        degraded: _builtins.int = ...,
+        fail_safe_hits: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["fill_time", b"fill_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admissions", b"admissions", "bytes", b"bytes", "entries", b"entries", "evictions", b"evictions", "expirations", b"expirations", "fill_time", b"fill_time", "fills", b"fills", "invalidations", b"invalidations", "l1_hits", b"l1_hits", "l2_hits", b"l2_hits", "misses", b"misses", "namespace", b"namespace", "rejections", b"rejections", "sets", b"sets", "stale_hits", b"stale_hits", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admissions", b"admissions", "bytes", b"bytes", "degraded", b"degraded", "entries", b"entries", "evictions", b"evictions", "expirations", b"expirations", "fail_safe_hits", b"fail_safe_hits", "fill_failures", b"fill_failures", "fill_time", b"fill_time", "fills", b"fills", "hit_ratio", b"hit_ratio", "invalidations", b"invalidations", "l1_hits", b"l1_hits", "l2_hits", b"l2_hits", "misses", b"misses", "namespace", b"namespace", "rejections", b"rejections", "sets", b"sets", "stale_hits", b"stale_hits", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
