@@ -21,8 +21,10 @@ CLIENTS: Final = {
     "metrics": "MetricsClient",
     "audit": "AuditClient",
 }
-INTERNAL: Final = {"settle": "AuditClient"}
-"""Methods of a client that are for the Mesh alone, by name."""
+INTERNAL: Final = {"AuditClient": {"settle"}, "CacheClient": {"settle"}}
+"""Methods of a client that are for the Mesh alone."""
+NEEDS_A_LOOP: Final = {"CacheClient": {"cached", "watch"}}
+"""Methods that make no sense without an event loop: what they give is asynchronous itself."""
 TYPES: Final = {
     "AsyncIterator": "Iterator",
     "AsyncGenerator": "Iterator",
@@ -116,10 +118,9 @@ def generate() -> str:
     """The module's source, not formatted."""
     imports: dict[str, str] = {}
     bodies = []
-    for module, name in CLIENTS.items():
-        tree = ast.parse((PACKAGE / f"{module}.py").read_text())
-        imports |= origins(tree, f"agent360.client.{module}")
-        bodies.append(client(find_class(tree, name), module))
+    for attribute, name in CLIENTS.items():
+        sources = lineage(attribute, name, imports)
+        bodies.append(client(sources, attribute))
     mesh_tree = ast.parse((PACKAGE / "mesh.py").read_text())
     imports |= origins(mesh_tree, "agent360.client.mesh")
     text = "".join(bodies) + mesh(find_class(mesh_tree, "Mesh"))
@@ -130,14 +131,36 @@ def generate() -> str:
     return HEADER + "\n".join(lines) + "\n" + text
 
 
-def client(source: ast.ClassDef, attribute: str) -> str:
-    """The synchronous form of one client."""
+def lineage(module: str, name: str, imports: dict[str, str]) -> list[ast.ClassDef]:
+    """A class and those of this package that it extends, the most basic one first.
+
+    Args:
+        module: where the class is.
+        name: of the class.
+        imports: gets the import statement of each name that these modules have.
+    """
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+    found = find_class(tree, name)
+    above = []
+    names = origins(tree, f"agent360.client.{module}")
+    for base in found.bases:
+        statement = names.get(ast.unparse(base), "")
+        if matched := re.fullmatch(r"from agent360\.client\.(\w+) import (\w+)", statement):
+            above += lineage(matched[1], matched[2], imports)
+    imports |= names
+    return [*above, found]
+
+
+def client(sources: list[ast.ClassDef], attribute: str) -> str:
+    """The synchronous form of one client, with what it inherits."""
+    source = sources[-1]
+    left_out = INTERNAL.get(source.name, set()) | NEEDS_A_LOOP.get(source.name, set())
     methods = [
         method(each)
-        for each in source.body
+        for each in (each for part in sources for each in part.body)
         if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef)
         and not each.name.startswith("_")
-        and INTERNAL.get(each.name) != source.name
+        and each.name not in left_out
     ]
     return (
         f'\n\nclass Sync{source.name}:\n    """{documented(source, 1)}"""\n\n'
@@ -160,6 +183,10 @@ def method(source: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
             f'        """{documented(source, 2)}"""\n        return {call}\n'
         )
     passed = arguments(source.args)
+    for given in source.args.args:
+        if given.annotation is not None and "Awaitable[" in ast.unparse(given.annotation):
+            there = re.compile(rf"\b{given.arg}\b")
+            passed = there.sub(f"self._portal.in_thread({given.arg})", passed, count=1)
     if isinstance(source, ast.FunctionDef):
         made = f"self._portal.call({call}, {passed})"
     else:
@@ -173,7 +200,7 @@ def method(source: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
     for name, other in TYPES.items():
         returns = re.sub(rf"\b{name}\b", other, returns)
     statement = made if returns == "None" else f"return {made}"
-    signature = ast.unparse(source.args)
+    signature = re.sub(r"\bAwaitable\[(\w+)\]", r"\1", ast.unparse(source.args))
     return (
         f"\n    def {source.name}({signature}) -> {returns}:\n"
         f'        """{documented(source, 2)}"""\n        {statement}\n'

@@ -6,10 +6,11 @@ import pytest
 
 PUBLIC = {
     "agent360.client": """
-        Answer AnswerSource AuditEvent CacheClient CallScope CheckRequest DeadlineExceededError
-        Decision Entry GenerateRequest InferenceClient InvalidRequestError Lookup Mesh MeshError
-        Message Outcome Priority RateLimitClient RateLimitedError SyncMesh Tls Tool ToolCall
-        UnavailableError Violation call_scope
+        Answer AnswerSource AuditEvent BYTES CacheClient CallScope CheckRequest
+        DeadlineExceededError Decision Entry GenerateRequest InferenceClient InvalidRequestError
+        Invalidation Lookup Mesh MeshError Message NearCache Outcome Priority RateLimitClient
+        RateLimitedError Reset Serializer SyncMesh TEXT Tls Tool ToolCall UnavailableError Violation
+        cached call_scope json_of pydantic_of
     """,
     "agent360.mesh": "embedded embedded_sync",
     "agent360.mesh.cache": "CacheServicer CacheSettings",

@@ -7,6 +7,7 @@ Example:
 
 from agent360.client.audit import AuditEvent
 from agent360.client.cache import CacheClient
+from agent360.client.cached_functions import cached
 from agent360.client.channel import Tls
 from agent360.client.chat import Answer, AnswerSource, GenerateRequest, Message, Tool, ToolCall
 from agent360.client.context import CallScope, Priority, call_scope
@@ -21,10 +22,15 @@ from agent360.client.errors import (
 )
 from agent360.client.inference import InferenceClient
 from agent360.client.mesh import Mesh
+from agent360.client.near import NearCache
 from agent360.client.ratelimit import CheckRequest, Decision, RateLimitClient
+from agent360.client.serializers import BYTES, TEXT, Serializer, json_of, pydantic_of
 from agent360.client.synchronous import SyncMesh
+from agent360.client.watching import Invalidation, Reset
 
 __all__ = [
+    "BYTES",
+    "TEXT",
     "Answer",
     "AnswerSource",
     "AuditEvent",
@@ -37,19 +43,26 @@ __all__ = [
     "GenerateRequest",
     "InferenceClient",
     "InvalidRequestError",
+    "Invalidation",
     "Lookup",
     "Mesh",
     "MeshError",
     "Message",
+    "NearCache",
     "Outcome",
     "Priority",
     "RateLimitClient",
     "RateLimitedError",
+    "Reset",
+    "Serializer",
     "SyncMesh",
     "Tls",
     "Tool",
     "ToolCall",
     "UnavailableError",
     "Violation",
+    "cached",
     "call_scope",
+    "json_of",
+    "pydantic_of",
 ]

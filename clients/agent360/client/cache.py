@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Sequence
-from typing import Any, Final
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Sequence,
+)
+from contextlib import aclosing
+from typing import Any, Final, ParamSpec, TypeVar
 
 from agent360.cache.v1 import cache_pb2
-from agent360.client.cache_operations import (
-    ClaimOperation,
-    DeleteOperation,
-    FailOperation,
-    FillOperation,
-    GetOperation,
-    SetOperation,
-    fill_entry,
-    read_lookup,
-    read_stored,
-    size_of_entry,
-)
-from agent360.client.coalescer import Coalescer, Wire
-from agent360.client.entries import Claim, Entry, Invalidated, Lookup, Stored
-from agent360.client.errors import MeshError
-from agent360.client.many import Results
+from agent360.client import warming
+from agent360.client.cached_functions import CachedFunction, cached
+from agent360.client.coalescer import Wire
+from agent360.client.context import current_scope
+from agent360.client.entries import Invalidated, Warmed
+from agent360.client.entry_client import DEFAULT_NAMESPACE
+from agent360.client.loading import LoadingClient
+from agent360.client.near import NearStats
+from agent360.client.serializers import UNCHANGED, Serializer
+from agent360.client.watching import CacheWatch, Invalidation
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 WIRE: Final = Wire(
     "agent360.cache.v1.CacheService",
@@ -31,11 +37,9 @@ WIRE: Final = Wire(
     cache_pb2.PipelineResult,
 )
 
-DEFAULT_NAMESPACE: Final = "default"
 
-
-class CacheClient:
-    """Reads and writes entries of the caller's tenant.
+class CacheClient(LoadingClient):
+    """Reads, loads and warms entries of the caller's tenant.
 
     Example:
         >>> await mesh.cache.set("plan:42", b"...", ttl=60)
@@ -44,222 +48,196 @@ class CacheClient:
         b'...'
     """
 
-    def __init__(self, coalescer: Coalescer) -> None:
-        self._coalescer = coalescer
-
-    async def get(
+    def cached(
         self,
-        key: str,
         *,
+        ttl: float | None = None,
+        stale_ttl: float | None = None,
+        key: str | Callable[..., str] | None = None,
         namespace: str = DEFAULT_NAMESPACE,
-        allow_stale: bool = False,
-        include_tags: bool = False,
+        tags: Sequence[str] = (),
+        serializer: Serializer[Any] | None = None,
+        ignore: Sequence[str] = (),
+        allow_stale: bool = True,
+        eager_refresh: float | None = None,
+        fill_timeout: float | None = None,
         timeout: float | None = None,
-        tenant: str | None = None,
-    ) -> Lookup:
-        """Reads one entry.
+    ) -> Callable[[Callable[P, Coroutine[Any, Any, T]]], CachedFunction[P, T]]:
+        """Caches the results of an asynchronous function here; see ``agent360.client.cached``.
+
+        Example:
+            >>> @mesh.cache.cached(ttl=60, key="plan:{plan_id}")
+            ... async def plan(plan_id: int) -> Plan: ...
+            >>> await plan(42)
+            >>> await plan.invalidate(42)
+        """
+        return cached(
+            self,
+            ttl=ttl,
+            stale_ttl=stale_ttl,
+            key=key,
+            namespace=namespace,
+            tags=tags,
+            serializer=serializer,
+            ignore=ignore,
+            allow_stale=allow_stale,
+            eager_refresh=eager_refresh,
+            fill_timeout=fill_timeout,
+            timeout=timeout,
+        )
+
+    def watch(self, *, namespaces: Sequence[str] = (), tenant: str | None = None) -> CacheWatch:
+        """What is written and invalidated from now on; see ``CacheWatch``.
+
+        Example:
+            >>> async with mesh.cache.watch(namespaces=["plans"]) as events:
+            ...     async for event in events:
+            ...         print(event)
 
         Args:
-            key: within the namespace; 1 to 1,024 bytes.
-            namespace: groups keys; 1 to 128 bytes.
-            allow_stale: whether a value past its TTL may be returned.
-            include_tags: whether the entry's tags are wanted.
-            timeout: seconds; None: what remains in the current scope, or the default.
-            tenant: on whose behalf; None: that of the current scope, or the Mesh's.
-
-        Raises:
-            MeshError: the service could not be asked. A miss is a result, not an error.
+            namespaces: those of interest; empty: all of the tenant.
+            tenant: as in ``get``.
         """
-        operation = GetOperation(namespace, key, allow_stale, include_tags)
-        return await self._coalescer.call(operation, timeout, tenant)
+        return CacheWatch(self._coalescer, namespaces, self._tenant_of(tenant))
 
-    async def set(
+    def warm(
         self,
-        key: str,
-        value: bytes,
+        keys: Iterable[str],
+        load: Callable[[str], Awaitable[T]],
         *,
         namespace: str = DEFAULT_NAMESPACE,
         ttl: float | None = None,
         stale_ttl: float | None = None,
-        content_type: str = "",
+        serializer: Serializer[T] = UNCHANGED,
+        content_type: str | None = None,
         tags: Sequence[str] = (),
-        if_absent: bool = False,
-        if_version: int | None = None,
-        timeout: float | None = None,
-        tenant: str | None = None,
-    ) -> Stored:
-        """Writes one entry.
-
-        Args:
-            key: within the namespace; 1 to 1,024 bytes.
-            value: may be empty; at most the service's max_value_bytes.
-            namespace: groups keys; 1 to 128 bytes.
-            ttl: seconds that the entry is fresh; None: the service's default.
-            stale_ttl: seconds after its TTL that it may be served stale.
-            content_type: media type of the value.
-            tags: labels for ``invalidate``.
-            if_absent: store only if there is no fresh entry.
-            if_version: store only if the entry has this version.
-            timeout: as in ``get``.
-            tenant: as in ``get``.
-
-        Raises:
-            MeshError: the entry is not valid, or the service could not be asked.
-        """
-        entry = Entry(key, value, ttl, stale_ttl, content_type, tags)
-        operation = SetOperation(namespace, entry, if_absent, if_version)
-        return await self._coalescer.call(operation, timeout, tenant)
-
-    async def delete(
-        self,
-        key: str,
-        *,
-        namespace: str = DEFAULT_NAMESPACE,
-        timeout: float | None = None,
-        tenant: str | None = None,
-    ) -> bool:
-        """Removes one entry; returns whether there was one."""
-        return await self._coalescer.call(DeleteOperation(namespace, key), timeout, tenant)
-
-    def get_many(
-        self,
-        keys: Iterable[str],
-        *,
-        namespace: str = DEFAULT_NAMESPACE,
-        allow_stale: bool = False,
-        timeout: float | None = None,
-        tenant: str | None = None,
-    ) -> Results[Lookup]:
-        """Reads many entries; see ``Results``."""
-
-        def fill(message: Any, key: str) -> None:
-            message.namespace = namespace
-            message.key = key
-            if allow_stale:
-                message.allow_stale = True
-
-        return Results(
-            self._coalescer,
-            "get",
-            keys,
-            fill=fill,
-            read=read_lookup,
-            timeout=timeout,
-            tenant=tenant,
-        )
-
-    def set_many(
-        self,
-        entries: Iterable[Entry],
-        *,
-        namespace: str = DEFAULT_NAMESPACE,
-        timeout: float | None = None,
-        tenant: str | None = None,
-    ) -> Results[Stored]:
-        """Writes many entries; see ``Results``."""
-
-        def fill(message: Any, entry: Entry) -> None:
-            fill_entry(message.entry, namespace, entry)
-
-        return Results(
-            self._coalescer,
-            "set",
-            entries,
-            fill=fill,
-            read=read_stored,
-            size=size_of_entry,
-            timeout=timeout,
-            tenant=tenant,
-        )
-
-    async def claim(
-        self,
-        key: str,
-        *,
-        namespace: str = DEFAULT_NAMESPACE,
-        allow_stale: bool = False,
+        concurrency: int = 16,
+        per_second: float | None = None,
         fill_timeout: float | None = None,
         timeout: float | None = None,
         tenant: str | None = None,
-    ) -> Claim:
-        """Reads an entry or, where it is missing, becomes the one caller that fills it.
+    ) -> AsyncIterator[Warmed]:
+        """Loads the entries that are missing; yields how far it is, after each of them.
 
-        All other callers wait for the fill until their deadline, or take the stale value where
-        they allow it.
+        An error fails its key alone; the first of them come with what is yielded. Keys that another
+        process loads are left to it.
+
+        Example:
+            >>> async for progress in mesh.cache.warm(keys, read_plan, namespace="plans"):
+            ...     print(progress.warmed, "of", progress.total)
 
         Args:
-            key: within the namespace.
+            keys: taken as they are needed.
+            load: gives the value of a key.
             namespace: groups keys.
-            allow_stale: whether to take a stale value instead of waiting.
-            fill_timeout: seconds that the fill may take before the next caller gets the claim.
-            timeout: as in ``get``.
+            ttl: as in ``set``.
+            stale_ttl: as in ``set``.
+            serializer: of the values; by default they are bytes.
+            content_type: media type of the values; None: the serializer's.
+            tags: of all entries.
+            concurrency: how many are loaded at a time.
+            per_second: how many may be begun in a second; None: as many as there is room for.
+            fill_timeout: as in ``claim``.
+            timeout: seconds for each call.
             tenant: as in ``get``.
         """
-        operation = ClaimOperation(namespace, key, allow_stale, fill_timeout)
-        return await self._coalescer.call(operation, timeout, tenant)
+        plan = warming.Plan(
+            namespace, load, serializer, ttl, stale_ttl, content_type, tuple(tags), fill_timeout,
+            timeout, self._tenant_of(tenant),
+        )  # fmt: skip
+        return warming.warm(self, keys, plan, concurrency, per_second)
 
-    async def fill(
+    def warm_from(
         self,
-        fill_token: str,
-        key: str,
-        value: bytes,
+        *,
+        from_namespace: str,
+        namespace: str = DEFAULT_NAMESPACE,
+        per_second: float | None = None,
+        timeout: float | None = None,
+        tenant: str | None = None,
+    ) -> AsyncIterator[Warmed]:
+        """Copies another namespace's live entries within the service; yields how far it is.
+
+        Args:
+            from_namespace: where the entries are.
+            namespace: where they go.
+            per_second: entries a second; None: as fast as possible.
+            timeout: seconds for all of it; None: as long as the service allows.
+            tenant: as in ``get``.
+        """
+        request = cache_pb2.WarmRequest(namespace=namespace, from_namespace=from_namespace)
+        return self._warmed(request, per_second, timeout, self._tenant_of(tenant))
+
+    def warm_hottest(
+        self,
+        limit: int,
+        *,
+        namespace: str = DEFAULT_NAMESPACE,
+        per_second: float | None = None,
+        timeout: float | None = None,
+        tenant: str | None = None,
+    ) -> AsyncIterator[Warmed]:
+        """Puts the keys in place that were read most in the service's last run.
+
+        Args:
+            limit: how many; 1 to 100,000.
+            namespace: as in ``warm_from``.
+            per_second: as in ``warm_from``.
+            timeout: as in ``warm_from``.
+            tenant: as in ``get``.
+        """
+        request = cache_pb2.WarmRequest(namespace=namespace)
+        request.hottest.limit = limit
+        return self._warmed(request, per_second, timeout, self._tenant_of(tenant))
+
+    async def invalidate_and_warm(
+        self,
+        keys: Iterable[str],
+        load: Callable[[str], Awaitable[T]],
         *,
         namespace: str = DEFAULT_NAMESPACE,
         ttl: float | None = None,
         stale_ttl: float | None = None,
-        content_type: str = "",
+        serializer: Serializer[T] = UNCHANGED,
+        content_type: str | None = None,
         tags: Sequence[str] = (),
-        timeout: float | None = None,
-        tenant: str | None = None,
-    ) -> Stored:
-        """Stores the value that a claim asked for; not stored if the claim expired meanwhile."""
-        entry = Entry(key, value, ttl, stale_ttl, content_type, tags)
-        return await self._coalescer.call(
-            FillOperation(fill_token, namespace, entry), timeout, tenant
-        )
-
-    async def fail(
-        self,
-        fill_token: str,
-        error: MeshError,
-        *,
-        timeout: float | None = None,
-        tenant: str | None = None,
-    ) -> None:
-        """Gives a claim up: the next caller that waits gets it."""
-        await self._coalescer.call(FailOperation(fill_token, error), timeout, tenant)
-
-    async def invalidate(
-        self,
-        *,
-        namespace: str = DEFAULT_NAMESPACE,
-        keys: Sequence[str] | None = None,
-        prefix: str | None = None,
-        tags: Sequence[str] | None = None,
+        concurrency: int = 16,
         timeout: float | None = None,
         tenant: str | None = None,
     ) -> Invalidated:
-        """Removes entries by keys, prefix or tags; without any of them, the whole namespace.
+        """Loads entries anew, then removes all of the namespace but these.
+
+        Nothing is removed before all is loaded. The first 1,000 entries, or as many as a message
+        takes, are there before the others go; the rest is written right after.
+
+        Args:
+            keys: of the entries.
+            load: gives the value of a key.
+            namespace: which one.
+            ttl: as in ``set``.
+            stale_ttl: as in ``set``.
+            serializer: of the values; by default they are bytes.
+            content_type: media type of the values; None: the serializer's.
+            tags: of all entries.
+            concurrency: how many are loaded at a time.
+            timeout: seconds for each call.
+            tenant: as in ``get``.
 
         Raises:
-            ValueError: more than one of keys, prefix and tags is given.
             MeshError: the service could not be asked.
+            Exception: whatever ``load`` raised first; then nothing was removed.
         """
-        if sum(scope is not None for scope in (keys, prefix, tags)) > 1:
-            raise ValueError("give only one of keys, prefix and tags")
-        request = cache_pb2.InvalidateRequest(namespace=namespace)
-        if keys is not None:
-            request.keys.keys.extend(keys)
-        elif prefix is not None:
-            request.prefix = prefix
-        elif tags is not None:
-            request.tags.tags.extend(tags)
-        else:
-            request.all = True
-        response = await self._coalescer.unary(
-            "Invalidate", request, cache_pb2.InvalidateResponse, timeout, tenant
-        )
-        return Invalidated(response.removed, response.namespace_version, response.shared)
+        plan = warming.Plan(
+            namespace, load, serializer, ttl, stale_ttl, content_type, tuple(tags), None,
+            timeout, self._tenant_of(tenant),
+        )  # fmt: skip
+        room = self._coalescer.max_message_bytes - 2**16
+        return await warming.invalidate_and_warm(self, keys, plan, concurrency, room)
+
+    @property
+    def near_stats(self) -> NearStats:
+        """What the near cache did and holds; all zero if there is none."""
+        return self._near.stats if self._near is not None else NearStats()
 
     async def stats(
         self,
@@ -280,3 +258,24 @@ class CacheClient:
             if not page.next_page_token:
                 return
             request.page_token = page.next_page_token
+
+    async def _warmed(
+        self,
+        request: cache_pb2.WarmRequest,
+        per_second: float | None,
+        timeout: float | None,
+        tenant: str,
+    ) -> AsyncGenerator[Warmed, None]:
+        """Lets the service warm a namespace; what was near of it is dropped in the end."""
+        work = warming.warm_by_service(self._coalescer, request, per_second, timeout, tenant)
+        try:
+            async with aclosing(work) as progress:
+                async for each in progress:
+                    yield each
+        finally:
+            if self._near is not None:
+                event = Invalidation(request.namespace, 0, all=True)
+                self._near.note_invalidation(tenant, event)
+
+    def _tenant_of(self, tenant: str | None) -> str:
+        return tenant if tenant is not None else current_scope().tenant or self._coalescer.tenant

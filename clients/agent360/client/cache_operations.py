@@ -90,17 +90,23 @@ class DeleteOperation(SingleOperation[bool]):
 class ClaimOperation(SingleOperation[Claim]):
     """Reads an entry, or becomes the one that fills it."""
 
-    __slots__ = ("allow_stale", "fill_timeout", "key", "namespace")
+    __slots__ = ("allow_stale", "eager_refresh", "fill_timeout", "key", "namespace")
     field = "claim"
 
     def __init__(
-        self, namespace: str, key: str, allow_stale: bool, fill_timeout: float | None
+        self,
+        namespace: str,
+        key: str,
+        allow_stale: bool,
+        fill_timeout: float | None,
+        eager_refresh: float | None,
     ) -> None:
         super().__init__()
         self.namespace = namespace
         self.key = key
         self.allow_stale = allow_stale
         self.fill_timeout = fill_timeout
+        self.eager_refresh = eager_refresh
 
     def fill(self, request: Any) -> None:
         request.namespace = self.namespace
@@ -109,6 +115,8 @@ class ClaimOperation(SingleOperation[Claim]):
             request.allow_stale = True
         if self.fill_timeout is not None:
             request.fill_timeout.FromNanoseconds(round(self.fill_timeout * 1e9))
+        if self.eager_refresh is not None:
+            request.eager_refresh = self.eager_refresh
 
     def read(self, response: Any) -> Claim:
         timeout = response.fill_timeout
@@ -135,10 +143,10 @@ class FillOperation(SingleOperation[Stored]):
         fill_entry(request.entry, self.namespace, self.entry)
 
     def read(self, response: Any) -> Stored:
-        return Stored(response.stored, response.version, True)
+        return read_stored(response)
 
 
-class FailOperation(SingleOperation[None]):
+class FailOperation(SingleOperation[Lookup | None]):
     """Gives a claim up."""
 
     __slots__ = ("error", "token")
@@ -153,8 +161,10 @@ class FailOperation(SingleOperation[None]):
         request.fill_token = self.token
         request.failure.CopyFrom(self.error.to_status())
 
-    def read(self, _: Any) -> None:
-        return None
+    def read(self, response: Any) -> Lookup | None:
+        if not response.HasField("fallback"):
+            return None
+        return read_lookup(cache_pb2.GetResponse(lookup=response.fallback))
 
 
 def fill_entry(message: Any, namespace: str, entry: Entry) -> None:
@@ -192,6 +202,7 @@ def read_lookup(response: Any) -> Lookup:
         ttl.seconds + ttl.nanos * 1e-9,
         tuple(message.tags),
         message.degraded,
+        message.fail_safe,
     )
 
 

@@ -207,6 +207,21 @@ class Coalescer:
         return bool(lanes) and all(lane.down_since is not None for lane in lanes)
 
     @property
+    def tenant(self) -> str:
+        """On whose behalf calls are made unless they or the current scope say otherwise."""
+        return self._options.tenant
+
+    @property
+    def default_timeout_s(self) -> float:
+        """Timeout of a call that names none."""
+        return self._options.default_timeout_s
+
+    @property
+    def max_message_bytes(self) -> int:
+        """Largest message."""
+        return self._options.max_message_bytes
+
+    @property
     def bounds(self) -> Bounds:
         """Of messages and streams."""
         return self._options.bounds

@@ -36,6 +36,8 @@ class Lookup(Struct, frozen=True, gc=False):
     """The entry's tags, where they were asked for."""
     degraded: bool
     """True where the shared store was away and one replica's memory was asked."""
+    fail_safe: bool = False
+    """True where a stale value stands in: loading failed, or the shared store was away."""
 
     @property
     def hit(self) -> bool:
@@ -91,3 +93,20 @@ class Invalidated(Struct, frozen=True, gc=False):
     """The namespace's version after it."""
     shared: bool
     """False where only one replica carried it out."""
+    warmed: int = 0
+    """Entries put in place of what went."""
+
+
+class Warmed(Struct, frozen=True, gc=False):
+    """How far warming is."""
+
+    warmed: int
+    """Entries put in place."""
+    skipped: int
+    """Keys that had an entry already."""
+    failed: int
+    """Entries that could not be loaded, or were refused."""
+    total: int
+    """Entries in all, as far as known."""
+    errors: tuple[tuple[str, Exception], ...] = ()
+    """The first errors, each with its key."""

@@ -12,6 +12,7 @@ from agent360.client import audit, cache, inference, metrics, ratelimit
 from agent360.client.addresses import parse_addresses
 from agent360.client.channel import MAX_MESSAGE_BYTES, Tls
 from agent360.client.coalescer import Coalescer, ConnectOptions, Wire
+from agent360.client.near import Near, NearCache
 from agent360.client.reporter import Reporter
 from agent360.client.session import Bounds
 
@@ -46,7 +47,11 @@ class Mesh:
     """
 
     def __init__(
-        self, addresses: dict[str, tuple[str, ...]], options: ConnectOptions, reporter_id: str = ""
+        self,
+        addresses: dict[str, tuple[str, ...]],
+        options: ConnectOptions,
+        reporter_id: str = "",
+        near_cache: NearCache | None = None,
     ) -> None:
         """Use ``Mesh.connect``."""
         self.options = options
@@ -61,7 +66,8 @@ class Mesh:
             coalescer("metrics", audit.WIRE),
             coalescer("metrics", metrics.WIRE),
         )
-        self.cache = cache.CacheClient(self._coalescers[0])
+        near = Near(self._coalescers[0], near_cache) if near_cache is not None else None
+        self.cache = cache.CacheClient(self._coalescers[0], near)
         self.ratelimit = ratelimit.RateLimitClient(self._coalescers[1])
         self.inference = inference.InferenceClient(self._coalescers[2])
         self.audit = audit.AuditClient(self._coalescers[3])
@@ -85,6 +91,7 @@ class Mesh:
         patience: float = 3.0,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         bounds: Bounds | None = None,
+        near_cache: NearCache | None = None,
     ) -> Self:
         """Makes a Mesh; must be called while an event loop runs.
 
@@ -105,6 +112,7 @@ class Mesh:
                 fail at once.
             max_message_bytes: largest message; must not exceed the servers'.
             bounds: of messages and of what is in flight.
+            near_cache: keeps entries that were read lately in this process; None: does not.
 
         Raises:
             ValueError: an address is malformed.
@@ -132,7 +140,7 @@ class Mesh:
             max_message_bytes=max_message_bytes,
             bounds=bounds or Bounds(),
         )
-        return cls(addresses, options)
+        return cls(addresses, options, near_cache=near_cache)
 
     async def __aenter__(self) -> Self:
         return self
@@ -151,5 +159,7 @@ class Mesh:
         Args:
             grace: seconds that both may take together; then the rest fails with UNAVAILABLE.
         """
-        await asyncio.gather(self._reporter.close(grace), self.audit.settle(grace))
+        await asyncio.gather(
+            self._reporter.close(grace), self.audit.settle(grace), self.cache.settle(grace)
+        )
         await asyncio.gather(*(coalescer.close(grace) for coalescer in self._coalescers))

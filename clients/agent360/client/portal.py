@@ -89,6 +89,14 @@ class Portal:
             if isinstance(source, AsyncGenerator) and not self.closed:
                 self.run(source.aclose())
 
+    def in_thread(self, function: Callable[P, T]) -> Callable[P, Awaitable[T]]:
+        """A blocking function as the loop can await it: it runs on another thread."""
+
+        async def work(*args: P.args, **kwargs: P.kwargs) -> T:
+            return await asyncio.to_thread(function, *args, **kwargs)
+
+        return work
+
     def close(self) -> None:
         """Stops the loop; what still runs is cancelled. May be repeated."""
         with self._closing:

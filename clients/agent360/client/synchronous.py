@@ -5,7 +5,7 @@ Generated from the asynchronous clients by scripts/synchronous.py; do not edit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from types import TracebackType
 from typing import Self
@@ -13,14 +13,16 @@ from typing import Self
 from agent360.audit.v1 import audit_pb2
 from agent360.cache.v1 import cache_pb2
 from agent360.client.audit import AuditClient, AuditEvent
-from agent360.client.cache import DEFAULT_NAMESPACE, CacheClient
+from agent360.client.cache import CacheClient, T
 from agent360.client.channel import MAX_MESSAGE_BYTES, Tls
 from agent360.client.chat import Answer, GenerateRequest
-from agent360.client.entries import Claim, Entry, Invalidated, Lookup, Stored
+from agent360.client.entries import Claim, Entry, Invalidated, Lookup, Stored, Warmed
+from agent360.client.entry_client import DEFAULT_NAMESPACE
 from agent360.client.errors import MeshError
 from agent360.client.inference import Embeddings, InferenceClient, TokenCount
 from agent360.client.mesh import Addresses, Mesh
 from agent360.client.metrics import Labels, MetricsClient
+from agent360.client.near import NearCache, NearStats
 from agent360.client.portal import Portal, SyncAnswerStream, SyncResults
 from agent360.client.ratelimit import (
     CheckRequest,
@@ -31,6 +33,7 @@ from agent360.client.ratelimit import (
     Settlement,
     Slot,
 )
+from agent360.client.serializers import UNCHANGED, Serializer
 from agent360.client.session import Bounds
 from agent360.inference.v1 import inference_pb2
 from agent360.metrics.v1 import metrics_pb2
@@ -38,7 +41,7 @@ from agent360.ratelimit.v1 import ratelimit_pb2
 
 
 class SyncCacheClient:
-    """Reads and writes entries of the caller's tenant.
+    """Reads, loads and warms entries of the caller's tenant.
 
     Example:
         >>> mesh.cache.set("plan:42", b"...", ttl=60)
@@ -198,6 +201,7 @@ class SyncCacheClient:
         namespace: str = DEFAULT_NAMESPACE,
         allow_stale: bool = False,
         fill_timeout: float | None = None,
+        eager_refresh: float | None = None,
         timeout: float | None = None,
         tenant: str | None = None,
     ) -> Claim:
@@ -211,6 +215,8 @@ class SyncCacheClient:
             namespace: groups keys.
             allow_stale: whether to take a stale value instead of waiting.
             fill_timeout: seconds that the fill may take before the next caller gets the claim.
+            eager_refresh: part of its TTL, above 0 and below 1, after which the first caller that
+                finds a fresh entry gets the claim with it; None: as the namespace's policy says.
             timeout: as in ``get``.
             tenant: as in ``get``.
         """
@@ -220,6 +226,7 @@ class SyncCacheClient:
                 namespace=namespace,
                 allow_stale=allow_stale,
                 fill_timeout=fill_timeout,
+                eager_refresh=eager_refresh,
                 timeout=timeout,
                 tenant=tenant,
             )
@@ -262,9 +269,16 @@ class SyncCacheClient:
         *,
         timeout: float | None = None,
         tenant: str | None = None,
-    ) -> None:
-        """Gives a claim up: the next caller that waits gets it."""
-        self._portal.run(self._client.fail(fill_token, error, timeout=timeout, tenant=tenant))
+    ) -> Lookup | None:
+        """Gives a claim up: the next caller that waits gets it.
+
+        Returns:
+            The stale entry that is served instead, to this caller and to those who wait, where the
+            namespace's policy is fail-safe and there is one.
+        """
+        return self._portal.run(
+            self._client.fail(fill_token, error, timeout=timeout, tenant=tenant)
+        )
 
     def invalidate(
         self,
@@ -273,10 +287,21 @@ class SyncCacheClient:
         keys: Sequence[str] | None = None,
         prefix: str | None = None,
         tags: Sequence[str] | None = None,
+        warm: Sequence[Entry] = (),
         timeout: float | None = None,
         tenant: str | None = None,
     ) -> Invalidated:
         """Removes entries by keys, prefix or tags; without any of them, the whole namespace.
+
+        Args:
+            namespace: where.
+            keys: these keys, at most 1,000.
+            prefix: all keys that begin with this.
+            tags: all entries with any of these tags.
+            warm: at most 1,000 entries put in place of what goes; with a whole namespace they are
+                there before the others go, so that no caller finds them missing.
+            timeout: as in ``get``.
+            tenant: as in ``get``.
 
         Raises:
             ValueError: more than one of keys, prefix and tags is given.
@@ -288,10 +313,256 @@ class SyncCacheClient:
                 keys=keys,
                 prefix=prefix,
                 tags=tags,
+                warm=warm,
                 timeout=timeout,
                 tenant=tenant,
             )
         )
+
+    def get_or_load(
+        self,
+        key: str,
+        load: Callable[[], T],
+        *,
+        namespace: str = DEFAULT_NAMESPACE,
+        ttl: float | None = None,
+        stale_ttl: float | None = None,
+        allow_stale: bool = True,
+        eager_refresh: float | None = None,
+        serializer: Serializer[T] = UNCHANGED,
+        content_type: str | None = None,
+        tags: Sequence[str] = (),
+        fill_timeout: float | None = None,
+        timeout: float | None = None,
+        tenant: str | None = None,
+    ) -> T:
+        """Reads a value or, where it is missing, loads and stores it.
+
+        Of all callers in all processes one loads; the others get its value. Those of this process
+        share one flight, and get the same object: treat it as read-only. A stale value, or one that
+        is to be refreshed early, is returned at once and loaded anew in the background. If the
+        cache cannot be reached the value is loaded and not stored.
+
+        Example:
+            >>> mesh.cache.get_or_load("plan:42", lambda: read_plan(42), ttl=60)
+            b'...'
+
+        Args:
+            key: within the namespace; 1 to 1,024 bytes.
+            load: gives the value. It runs with the context variables of the first caller, but
+                without its deadline, and goes on if callers leave.
+            namespace: groups keys.
+            ttl: seconds that the entry is fresh; None: the service's default.
+            stale_ttl: seconds after its TTL that it may be served stale.
+            allow_stale: whether a stale value may be returned while it is loaded anew.
+            eager_refresh: part of its TTL, above 0 and below 1, after which a fresh value is
+                loaded anew in the background; None: as the namespace's policy says.
+            serializer: of the value; by default it is bytes.
+            content_type: media type of the value; None: the serializer's.
+            tags: labels for ``invalidate``.
+            fill_timeout: seconds that loading may take before another process may load as well.
+            timeout: seconds that this caller waits; None: what remains in the current scope, or as
+                long as it takes.
+            tenant: as in ``get``.
+
+        Raises:
+            DeadlineExceededError: the time was over; the flight goes on.
+            MeshError: the request is not valid.
+            Exception: whatever ``load`` raised, unless the service has a value to stand in.
+        """
+        return self._portal.run(
+            self._client.get_or_load(
+                key,
+                self._portal.in_thread(load),
+                namespace=namespace,
+                ttl=ttl,
+                stale_ttl=stale_ttl,
+                allow_stale=allow_stale,
+                eager_refresh=eager_refresh,
+                serializer=serializer,
+                content_type=content_type,
+                tags=tags,
+                fill_timeout=fill_timeout,
+                timeout=timeout,
+                tenant=tenant,
+            )
+        )
+
+    def warm(
+        self,
+        keys: Iterable[str],
+        load: Callable[[str], T],
+        *,
+        namespace: str = DEFAULT_NAMESPACE,
+        ttl: float | None = None,
+        stale_ttl: float | None = None,
+        serializer: Serializer[T] = UNCHANGED,
+        content_type: str | None = None,
+        tags: Sequence[str] = (),
+        concurrency: int = 16,
+        per_second: float | None = None,
+        fill_timeout: float | None = None,
+        timeout: float | None = None,
+        tenant: str | None = None,
+    ) -> Iterator[Warmed]:
+        """Loads the entries that are missing; yields how far it is, after each of them.
+
+        An error fails its key alone; the first of them come with what is yielded. Keys that another
+        process loads are left to it.
+
+        Example:
+            >>> for progress in mesh.cache.warm(keys, read_plan, namespace="plans"):
+            ...     print(progress.warmed, "of", progress.total)
+
+        Args:
+            keys: taken as they are needed.
+            load: gives the value of a key.
+            namespace: groups keys.
+            ttl: as in ``set``.
+            stale_ttl: as in ``set``.
+            serializer: of the values; by default they are bytes.
+            content_type: media type of the values; None: the serializer's.
+            tags: of all entries.
+            concurrency: how many are loaded at a time.
+            per_second: how many may be begun in a second; None: as many as there is room for.
+            fill_timeout: as in ``claim``.
+            timeout: seconds for each call.
+            tenant: as in ``get``.
+        """
+        return self._portal.iterate(
+            self._portal.call(
+                self._client.warm,
+                keys,
+                self._portal.in_thread(load),
+                namespace=namespace,
+                ttl=ttl,
+                stale_ttl=stale_ttl,
+                serializer=serializer,
+                content_type=content_type,
+                tags=tags,
+                concurrency=concurrency,
+                per_second=per_second,
+                fill_timeout=fill_timeout,
+                timeout=timeout,
+                tenant=tenant,
+            )
+        )
+
+    def warm_from(
+        self,
+        *,
+        from_namespace: str,
+        namespace: str = DEFAULT_NAMESPACE,
+        per_second: float | None = None,
+        timeout: float | None = None,
+        tenant: str | None = None,
+    ) -> Iterator[Warmed]:
+        """Copies another namespace's live entries within the service; yields how far it is.
+
+        Args:
+            from_namespace: where the entries are.
+            namespace: where they go.
+            per_second: entries a second; None: as fast as possible.
+            timeout: seconds for all of it; None: as long as the service allows.
+            tenant: as in ``get``.
+        """
+        return self._portal.iterate(
+            self._portal.call(
+                self._client.warm_from,
+                from_namespace=from_namespace,
+                namespace=namespace,
+                per_second=per_second,
+                timeout=timeout,
+                tenant=tenant,
+            )
+        )
+
+    def warm_hottest(
+        self,
+        limit: int,
+        *,
+        namespace: str = DEFAULT_NAMESPACE,
+        per_second: float | None = None,
+        timeout: float | None = None,
+        tenant: str | None = None,
+    ) -> Iterator[Warmed]:
+        """Puts the keys in place that were read most in the service's last run.
+
+        Args:
+            limit: how many; 1 to 100,000.
+            namespace: as in ``warm_from``.
+            per_second: as in ``warm_from``.
+            timeout: as in ``warm_from``.
+            tenant: as in ``get``.
+        """
+        return self._portal.iterate(
+            self._portal.call(
+                self._client.warm_hottest,
+                limit,
+                namespace=namespace,
+                per_second=per_second,
+                timeout=timeout,
+                tenant=tenant,
+            )
+        )
+
+    def invalidate_and_warm(
+        self,
+        keys: Iterable[str],
+        load: Callable[[str], T],
+        *,
+        namespace: str = DEFAULT_NAMESPACE,
+        ttl: float | None = None,
+        stale_ttl: float | None = None,
+        serializer: Serializer[T] = UNCHANGED,
+        content_type: str | None = None,
+        tags: Sequence[str] = (),
+        concurrency: int = 16,
+        timeout: float | None = None,
+        tenant: str | None = None,
+    ) -> Invalidated:
+        """Loads entries anew, then removes all of the namespace but these.
+
+        Nothing is removed before all is loaded. The first 1,000 entries, or as many as a message
+        takes, are there before the others go; the rest is written right after.
+
+        Args:
+            keys: of the entries.
+            load: gives the value of a key.
+            namespace: which one.
+            ttl: as in ``set``.
+            stale_ttl: as in ``set``.
+            serializer: of the values; by default they are bytes.
+            content_type: media type of the values; None: the serializer's.
+            tags: of all entries.
+            concurrency: how many are loaded at a time.
+            timeout: seconds for each call.
+            tenant: as in ``get``.
+
+        Raises:
+            MeshError: the service could not be asked.
+            Exception: whatever ``load`` raised first; then nothing was removed.
+        """
+        return self._portal.run(
+            self._client.invalidate_and_warm(
+                keys,
+                self._portal.in_thread(load),
+                namespace=namespace,
+                ttl=ttl,
+                stale_ttl=stale_ttl,
+                serializer=serializer,
+                content_type=content_type,
+                tags=tags,
+                concurrency=concurrency,
+                timeout=timeout,
+                tenant=tenant,
+            )
+        )
+
+    @property
+    def near_stats(self) -> NearStats:
+        """What the near cache did and holds; all zero if there is none."""
+        return self._client.near_stats
 
     def stats(
         self,
@@ -826,6 +1097,7 @@ class SyncMesh:
         patience: float = 3.0,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         bounds: Bounds | None = None,
+        near_cache: NearCache | None = None,
     ) -> Self:
         """Makes a SyncMesh.
 
@@ -846,6 +1118,7 @@ class SyncMesh:
                 fail at once.
             max_message_bytes: largest message; must not exceed the servers'.
             bounds: of messages and of what is in flight.
+            near_cache: keeps entries that were read lately in this process; None: does not.
 
         Raises:
             ValueError: an address is malformed.
@@ -865,6 +1138,7 @@ class SyncMesh:
                 patience=patience,
                 max_message_bytes=max_message_bytes,
                 bounds=bounds,
+                near_cache=near_cache,
             )
         except BaseException:
             portal.close()
