@@ -114,7 +114,10 @@ class Cache:
         return self.service.write(space or self.plans, key, payload, self.clock.now())
 
     def find(self, key: str, *, stale: bool = False, space: Space | None = None) -> Entry | None:
-        entry = self.service.find(space or self.plans, key, self.clock.now(), stale)
+        space, now = space or self.plans, self.clock.now()
+        entry = self.service.find(space, key, now, stale)
+        if entry is None:
+            self.service.note_miss(space, key, now)
         self.service.note_reads()
         return entry
 

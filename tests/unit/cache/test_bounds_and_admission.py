@@ -7,8 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.cache_domain import Cache
 
-from agent360.mesh.cache.admission import Bounds
-from agent360.mesh.cache.entry import OVERHEAD_BYTES, TAG_OVERHEAD_BYTES, Payload, size_of
+from agent360.mesh.cache.admission import Bounds, TinyLfu
+from agent360.mesh.cache.entry import (
+    OVERHEAD_BYTES,
+    TAG_OVERHEAD_BYTES,
+    Entry,
+    Payload,
+    Space,
+    size_of,
+)
 from agent360.mesh.cache.frequency import MAX_FREQUENCY, FrequencySketch
 
 KB = 1_024
@@ -201,3 +208,137 @@ def test_a_tenants_eviction_is_counted_where_the_entry_was() -> None:
         counts = space.counts
         assert counts.sets - counts.evictions - counts.rejections == len(space.entries)
         assert space.size_bytes == sum(entry.size_bytes for entry in space.entries.values())
+
+
+def entry_of(number: int, size_bytes: int = KB) -> Entry:
+    """An entry that is not held yet."""
+    entry = Entry(Space("acme", "plans"), f"k{number}", number)
+    entry.size_bytes = size_bytes
+    return entry
+
+
+def full_policy(entries: int, reads: int = 0) -> tuple[TinyLfu, list[Entry]]:
+    """A policy that holds as many entries as it may, each read so often."""
+    policy = TinyLfu(Bounds(entries, 10_000 * KB))
+    held = [entry_of(number) for number in range(entries)]
+    for entry in held:
+        policy.add(entry)
+    for _ in range(reads):
+        policy.used(held)
+    return policy, held
+
+
+def test_an_entry_that_is_always_let_in_pushes_out_the_coldest() -> None:
+    policy, held = full_policy(50, reads=5)
+    policy.used(held[1:])
+    newcomer = entry_of(1_000)
+    outcome = policy.add(newcomer, always=True)
+    assert outcome.admitted == [newcomer]
+    assert not outcome.rejected
+    assert outcome.evicted == [held[0]]
+    refused = entry_of(1_001)
+    for number in range(2_000, 2_010):
+        policy.add(refused if number == 2_000 else entry_of(number))
+    assert refused.segment is None
+    assert newcomer.segment is not None
+
+
+def test_what_is_always_let_in_makes_room_for_itself_among_the_small() -> None:
+    policy, _ = full_policy(50, reads=5)
+    policy.rebound(Bounds(50, 50 * KB))
+    newcomer = entry_of(1_000, 10 * KB)
+    outcome = policy.add(newcomer, always=True)
+    assert len(outcome.evicted) == 10
+    assert policy.size_bytes == 50 * KB
+
+
+def test_what_is_larger_than_the_bounds_is_not_let_in_even_always() -> None:
+    policy, held = full_policy(10)
+    policy.rebound(Bounds(10, 20 * KB))
+    newcomer = entry_of(1_000, 21 * KB)
+    outcome = policy.add(newcomer, always=True)
+    assert outcome.rejected == [newcomer]
+    assert not outcome.evicted
+    assert len(policy) == len(held)
+
+
+def test_narrower_bounds_take_effect_with_shrink_and_the_coldest_go() -> None:
+    policy, held = full_policy(100, reads=1)
+    hot = held[20:60]
+    for _ in range(3):
+        policy.used(hot)
+    policy.rebound(Bounds(50, 10_000 * KB))
+    assert len(policy) == 100
+    outcome = policy.shrink()
+    assert len(policy) == 50
+    assert len(outcome.evicted) == 50
+    assert not outcome.rejected
+    assert all(entry.segment is None for entry in outcome.evicted)
+    assert all(entry.segment is not None for entry in hot)
+
+
+def test_narrower_bounds_take_effect_with_the_next_entry_and_wider_ones_leave_room() -> None:
+    policy, _ = full_policy(100, reads=1)
+    policy.rebound(Bounds(50, 10_000 * KB))
+    policy.add(entry_of(1_000))
+    assert len(policy) == 50
+    policy.rebound(Bounds(60, 10_000 * KB))
+    assert policy.shrink() == ([], [], [])
+    for number in range(2_000, 2_010):
+        assert not policy.add(entry_of(number)).evicted
+    assert len(policy) == 60
+
+
+def test_a_policy_may_be_left_no_room_at_all() -> None:
+    policy, held = full_policy(10)
+    policy.rebound(Bounds(0, 0))
+    assert len(policy.shrink().evicted) == len(held)
+    newcomer = entry_of(1_000)
+    outcome = policy.add(newcomer)
+    assert [*outcome.evicted, *outcome.rejected] == [newcomer]
+    assert (len(policy), policy.size_bytes) == (0, 0)
+
+
+STEPS = st.one_of(
+    st.tuples(st.just("add"), st.integers(0, 30), st.sampled_from([1, 700, 5_000])),
+    st.tuples(st.just("always"), st.integers(0, 30), st.sampled_from([1, 700, 5_000])),
+    st.tuples(st.just("resize"), st.integers(0, 30), st.sampled_from([1, 700, 5_000])),
+    st.tuples(st.just("use"), st.integers(0, 30), st.integers(1, 5)),
+    st.tuples(st.just("remove"), st.integers(0, 30), st.none()),
+    st.tuples(st.just("rebound"), st.integers(0, 20), st.sampled_from([0, 3_000, 20_000])),
+)
+
+
+@given(st.lists(STEPS, max_size=200))
+def test_every_entry_is_held_within_the_bounds_or_went_exactly_once(
+    steps: list[tuple[str, int, int]],
+) -> None:
+    policy = TinyLfu(Bounds(10, 10_000))
+    held: dict[int, Entry] = {}
+    for step, number, size in steps:
+        entry = held.get(number)
+        gone: list[Entry] = []
+        if step in ("add", "always") and entry is None:
+            held[number] = entry_of(number, size)
+            outcome = policy.add(held[number], always=step == "always")
+            gone = [*outcome.evicted, *outcome.rejected]
+        elif step == "rebound":
+            policy.rebound(Bounds(number, size))
+            outcome = policy.shrink()
+            assert not outcome.rejected
+            gone = outcome.evicted
+        elif entry is not None and step == "resize":
+            before, entry.size_bytes = entry.size_bytes, size
+            outcome = policy.resized(entry, before)
+            gone = [*outcome.evicted, *outcome.rejected]
+        elif entry is not None and step == "use":
+            policy.used([entry] * size)
+        elif entry is not None and step == "remove":
+            policy.remove(held.pop(number))
+        for each in gone:
+            assert held.pop(each.key_hash) is each
+            assert each.segment is None
+        assert all(each.segment is not None for each in held.values())
+        assert len(policy) == len(held) <= policy.bounds.entries
+        assert policy.size_bytes == sum(each.size_bytes for each in held.values())
+        assert policy.size_bytes <= policy.bounds.size_bytes

@@ -248,7 +248,7 @@ async def test_those_who_wait_are_told_when_the_service_stops() -> None:
     claim(cache)
     waiters = waiting(cache, 3)
     await asyncio.sleep(0)
-    cache.service.close()
+    await cache.service.close()
     for error in await asyncio.gather(*waiters, return_exceptions=True):
         assert isinstance(error, MeshError)
         assert error.reason == "STOPPING"

@@ -5,8 +5,8 @@ from support.cache_domain import Cache
 
 from agent360.client.errors import InvalidRequestError, MeshError
 from agent360.mesh.cache.admission import Bounds
+from agent360.mesh.cache.changes import Condition, Stored
 from agent360.mesh.cache.entry import OVERHEAD_BYTES, Payload
-from agent360.mesh.cache.service import Condition
 
 
 @pytest.mark.parametrize("value", [b"", b"\x00", b"null", b"NOT FOUND"])
@@ -65,13 +65,13 @@ def test_a_write_if_absent_takes_effect_once_until_the_entry_is_over() -> None:
     cache = Cache()
     now = cache.clock.now
 
-    def write(value: bytes) -> tuple[bool, int]:
+    def write(value: bytes) -> Stored:
         payload = Payload(value, 5.0, 5.0)
         return cache.service.write(cache.plans, "k", payload, now(), Condition.IF_ABSENT)
 
-    stored, version = write(b"1")
+    stored, version, _ = write(b"1")
     assert stored
-    assert write(b"2") == (False, version)
+    assert write(b"2") == Stored(False, version)
     assert cache.value("k") == b"1"
     cache.clock.advance(5.0)
     assert write(b"3").stored, "a stale entry counts as absent"
@@ -81,7 +81,7 @@ def test_a_write_if_absent_takes_effect_once_until_the_entry_is_over() -> None:
 def test_a_write_if_version_takes_effect_only_on_that_version() -> None:
     cache = Cache()
 
-    def write(value: bytes, version: int) -> tuple[bool, int]:
+    def write(value: bytes, version: int) -> Stored:
         return cache.service.write(
             cache.plans,
             "k",
@@ -91,13 +91,13 @@ def test_a_write_if_version_takes_effect_only_on_that_version() -> None:
             version,
         )
 
-    assert write(b"0", 7) == (False, 0)
+    assert write(b"0", 7) == Stored(False, 0)
     first = write(b"1", 0)
     assert first.stored
-    assert write(b"x", 0) == (False, first.version)
+    assert write(b"x", 0) == Stored(False, first.version)
     second = write(b"2", first.version)
     assert second.stored
-    assert write(b"x", first.version) == (False, second.version)
+    assert write(b"x", first.version) == Stored(False, second.version)
     assert cache.value("k") == b"2"
 
 

@@ -8,11 +8,12 @@ from typing import Final, NamedTuple
 
 from agent360.mesh.cache.entry import Entry
 from agent360.mesh.cache.frequency import MAX_FREQUENCY, FrequencySketch
+from agent360.mesh.cache.window import WindowShare
 
-_WINDOW_SHARE: Final = 0.01
 _PROTECTED_SHARE: Final = 0.8
 _READS_PER_ENTRY: Final = 10
 _LEAST_SAMPLE: Final = 1_000
+_UNBEATEN: Final = 1 << 30
 
 
 class Bounds(NamedTuple):
@@ -68,7 +69,7 @@ class Outcome(NamedTuple):
     """What became of entries when one was added."""
 
     evicted: list[Entry]
-    """Pushed out by others that are used more."""
+    """Pushed out: by others that are used more, or because the bounds shrank."""
     rejected: list[Entry]
     """Refused: used less than those they would push out."""
     admitted: list[Entry]
@@ -78,26 +79,28 @@ class Outcome(NamedTuple):
 class TinyLfu:
     """Keeps what is used most, within a number of entries and of bytes.
 
-    New entries pass through a small window, which keeps what is used in bursts. An entry that
-    leaves the window is let in only if it was used more often than the entries it would push out
-    were together: a large one must be worth the several small ones whose room it takes. Uses are
-    counted over a sample that ages, so that yesterday's keys do not stay for ever.
+    New entries pass through a window, which keeps what is used in bursts and is as large as that is
+    worth. An entry that leaves the window is let in only if it was used more often than the entries
+    it would push out were together: a large one must be worth the several small ones whose room it
+    takes. Uses are counted over a sample that ages, so that yesterday's keys do not stay for ever.
+
+    Invariant: after ``add``, ``resized`` and ``shrink`` what is held is within ``bounds``.
 
     Sources: Einziger, Friedman and Manes, "TinyLFU: a highly efficient cache admission policy",
     2017; Einziger, Eytan, Friedman and Manes, "Lightweight robust size aware cache management",
-    2022 (aggregated victims).
+    2022 (aggregated victims); ``WindowShare`` names those of the window's size.
     """
 
     __slots__ = (
-        "_probation", "_protected", "_protected_bounds", "_sketch",
+        "_probation", "_protected", "_protected_bounds", "_share", "_sketch",
         "_used", "_window", "_window_bounds", "bounds", "epoch",
     )  # fmt: skip
 
     def __init__(self, bounds: Bounds) -> None:
         self.bounds = bounds
         self.epoch = 0
-        self._window_bounds = bounds.share(_WINDOW_SHARE)
-        self._protected_bounds = bounds.share(_PROTECTED_SHARE * (1 - _WINDOW_SHARE))
+        self._share = WindowShare()
+        self._divide()
         self._window = Segment()
         self._probation = Segment()
         self._protected = Segment()
@@ -132,15 +135,25 @@ class TinyLfu:
                 segment.order.move_to_end(entry)
         self._count(count)
 
-    def add(self, entry: Entry) -> Outcome:
-        """Takes a new entry; afterwards what is held is within the bounds."""
+    def add(self, entry: Entry, *, always: bool = False) -> Outcome:
+        """Takes a new entry; afterwards what is held is within the bounds.
+
+        Args:
+            entry: not held.
+            always: let it in for good however little it was used; the coldest go.
+        """
         entry.reads_epoch = self.epoch
         entry.reads = min(MAX_FREQUENCY, self._sketch.estimate(entry.key_hash) + 1)
+        if self._share.note_arrival(entry.key_hash):
+            self._divide()
         self._count(1)
         outcome = Outcome([], [], [])
-        self._window.add(entry)
-        if entry.size_bytes > self._window_bounds.size_bytes:
-            self._window.order.move_to_end(entry, last=False)
+        if always:
+            self._admit(entry, _UNBEATEN, outcome)
+        else:
+            self._window.add(entry)
+            if entry.size_bytes > self._window_bounds.size_bytes:
+                self._window.order.move_to_end(entry, last=False)
         self._settle(outcome)
         return outcome
 
@@ -161,29 +174,49 @@ class TinyLfu:
             entry.segment.discard(entry)
             self._remember(entry)
 
+    def rebound(self, bounds: Bounds) -> None:
+        """Changes the bounds; what is over goes at the next ``add``, or by ``shrink``."""
+        if bounds != self.bounds:
+            self.bounds = bounds
+            self._divide()
+
+    def shrink(self) -> Outcome:
+        """Brings what is held within the bounds: the entries that are worth least are evicted."""
+        outcome = Outcome([], [], [])
+        self._settle(outcome)
+        outcome.evicted.extend(outcome.rejected)
+        outcome.rejected.clear()
+        return outcome
+
+    def _divide(self) -> None:
+        """Gives the window its share of the bounds, and the protected entries theirs."""
+        share = self._share.value
+        self._window_bounds = self.bounds.share(share)
+        self._protected_bounds = self.bounds.share(_PROTECTED_SHARE * (1 - share))
+
     def _settle(self, outcome: Outcome) -> None:
         """Brings window and whole back within their bounds."""
         window = self._window
         while window.exceeds(self._window_bounds):
-            self._admit(window.pop_oldest(), outcome)
-        while (victims := self._excess(0, 0)) is not None and victims:
-            # Only after an entry grew: what is held is over the bounds without a candidate.
+            candidate = window.pop_oldest()
+            self._admit(candidate, self._frequency(candidate), outcome)
+        while (victims := self._excess(0, 0, _UNBEATEN)) is not None and victims:
+            # Without a candidate: an entry or the window grew, or the bounds shrank.
             self._push_out(victims, outcome)
 
-    def _admit(self, candidate: Entry, outcome: Outcome) -> None:
-        """Lets a candidate in if it is used more than what it would push out."""
-        victims = self._excess(1, candidate.size_bytes, self._frequency(candidate))
+    def _admit(self, candidate: Entry, frequency: int, outcome: Outcome) -> None:
+        """Lets a candidate in if ``frequency`` is above that of what it would push out."""
+        victims = self._excess(1, candidate.size_bytes, frequency)
         if victims is None:
             self._remember(candidate)
+            self._share.note_refused(candidate.key_hash)
             outcome.rejected.append(candidate)
             return
         self._push_out(victims, outcome)
         self._probation.add(candidate)
         outcome.admitted.append(candidate)
 
-    def _excess(
-        self, entries: int, size_bytes: int, frequency: int = 1 << 30
-    ) -> list[Entry] | None:
+    def _excess(self, entries: int, size_bytes: int, frequency: int) -> list[Entry] | None:
         """The oldest entries whose going makes room; None if used as much as ``frequency``."""
         entries += len(self) - self.bounds.entries
         size_bytes += self.size_bytes - self.bounds.size_bytes
@@ -205,6 +238,7 @@ class TinyLfu:
     def _push_out(self, victims: list[Entry], outcome: Outcome) -> None:
         for victim in victims:
             self.remove(victim)
+            self._share.note_evicted(victim.key_hash)
         outcome.evicted.extend(victims)
 
     def _protect(self, entry: Entry) -> None:
@@ -228,4 +262,5 @@ class TinyLfu:
             self._used = 0
             self.epoch += 1
             self._sketch.fit(held)
+            self._share.fit(held)
             self._sketch.halve()

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from agent360.mesh.cache.doorkeeper import Doorkeeper
+from agent360.mesh.cache.policy import DEFAULT_POLICY, Admission, NamespacePolicy
+
 if TYPE_CHECKING:
     from agent360.mesh.cache.admission import Segment
 
@@ -21,7 +24,7 @@ class Payload(NamedTuple):
     value: bytes
     """The value; may be empty."""
     ttl_s: float
-    """How long it is fresh."""
+    """How long it is fresh, in seconds."""
     stale_ttl_s: float = 0.0
     """How long after that it may be served stale."""
     content_type: str = ""
@@ -48,8 +51,10 @@ class Entry:
         "segment",
         "size_bytes",
         "space",
+        "stale_until",
         "tags",
         "tick",
+        "ttl_s",
         "value",
         "version",
     )
@@ -68,21 +73,27 @@ class Entry:
         self.value = b""
         self.content_type = ""
         self.tags: tuple[str, ...] = ()
+        self.ttl_s = 0.0
         self.fresh_until = 0.0
+        self.stale_until = 0.0
+        """Until then it may be served stale where the caller allows that."""
         self.gone_at = 0.0
+        """Until then it is kept: stale, or for the fail-safe of its namespace."""
 
     @property
     def reachable(self) -> bool:
         """Whether the entry is of its namespace's present version."""
         return self.generation == self.space.generation
 
-    def write(self, payload: Payload, now: float, version: int) -> None:
+    def write(self, payload: Payload, fresh_until: float, version: int) -> None:
         """Takes over a payload; the caller accounts for the change of ``size_bytes``."""
         self.value = payload.value
         self.content_type = payload.content_type
         self.tags = tuple(dict.fromkeys(payload.tags)) if payload.tags else ()
-        self.fresh_until = now + payload.ttl_s
-        self.gone_at = self.fresh_until + payload.stale_ttl_s
+        self.ttl_s = payload.ttl_s
+        self.fresh_until = fresh_until
+        self.stale_until = fresh_until + payload.stale_ttl_s
+        self.gone_at = fresh_until + max(payload.stale_ttl_s, self.space.policy.fail_safe_s)
         self.version = version
         self.size_bytes = size_of(self.key, payload)
 
@@ -104,9 +115,15 @@ class Counts:
     """What happened in a namespace since the service started; every count is exact."""
 
     hits: int = 0
-    """Lookups that found a fresh entry."""
+    """Lookups that found a fresh entry in this replica's memory."""
+    shared_hits: int = 0
+    """Lookups that found a fresh entry in the shared store."""
     stale_hits: int = 0
     """Lookups that were answered with a stale entry."""
+    fail_safe_hits: int = 0
+    """Those of them in which it stood in because loading failed or the shared store was away."""
+    degraded: int = 0
+    """Lookups that were answered while the shared store was away."""
     misses: int = 0
     """Lookups that found nothing."""
     sets: int = 0
@@ -125,6 +142,15 @@ class Counts:
     """Fills by claimers."""
     fill_time_s: float = 0.0
     """Time between claim and fill, added up, in seconds."""
+    fill_failures: int = 0
+    """Claims whose filler failed or let its token expire."""
+
+    @property
+    def hit_ratio(self) -> float:
+        """Fresh hits as a part of all lookups; 0 if there were none."""
+        hits = self.hits + self.shared_hits
+        lookups = hits + self.stale_hits + self.misses
+        return hits / lookups if lookups else 0.0
 
     def add(self, other: Counts) -> None:
         """Adds the counts of another namespace."""
@@ -140,15 +166,24 @@ class Space:
     """
 
     __slots__ = (
-        "counts", "entries", "generation", "name", "salt", "size_bytes", "tags", "tenant",
+        "counts", "doorkeeper", "entries", "generation", "name", "policy", "salt", "size_bytes",
+        "tags", "tenant", "version",
     )  # fmt: skip
 
-    def __init__(self, tenant: str, name: str) -> None:
+    def __init__(self, tenant: str, name: str, policy: NamespacePolicy = DEFAULT_POLICY) -> None:
         self.tenant = tenant
         self.name = name
+        self.policy = policy
+        self.doorkeeper = (
+            Doorkeeper(policy.doorkeeper_window_s)
+            if policy.admission is Admission.DOORKEEPER
+            else None
+        )
         self.salt = hash((tenant, name))
         self.generation = 1
-        """The namespace's version."""
+        """Tells entries that are held from those that were dropped all at once."""
+        self.version = 1
+        """The namespace's version, as its callers see it."""
         self.entries: dict[str, Entry] = {}
         self.tags: dict[str, dict[Entry, None]] = {}
         self.size_bytes = 0

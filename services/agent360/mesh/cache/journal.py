@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Container
-from typing import Final, Literal, NamedTuple
+from typing import Final, NamedTuple
 
 import grpc
 
 from agent360.client.errors import InvalidRequestError, MeshError, Violation
+from agent360.mesh.cache.changes import Scope
 from agent360.mesh.cache.ports import Clock
 
 KEYS_AT_ONCE: Final = 1_000
-
-Scope = Literal["keys", "prefix", "tags", "all"]
 
 
 class Change(NamedTuple):
@@ -27,7 +26,7 @@ class Change(NamedTuple):
     names: tuple[str, ...]
     """Keys, one prefix, or tags; empty for the whole namespace."""
     version: int
-    """Copies up to this version are outdated."""
+    """Copies up to this version are outdated; 0: all copies."""
 
 
 class Event(NamedTuple):
@@ -79,6 +78,13 @@ class Journal:
                 _set(future, True)
             self._waiting.clear()
 
+    def interrupt(self, epoch: str) -> None:
+        """Changes may go unheard: all watches end, and no token from before can be continued."""
+        self._epoch = epoch
+        for future in self._waiting:
+            _set(future, False)
+        self._waiting.clear()
+
     async def watch(
         self, resume_token: str, namespaces: Container[str], clock: Clock, heartbeat_s: float
     ) -> AsyncIterator[Event]:
@@ -95,12 +101,14 @@ class Journal:
 
         Raises:
             InvalidRequestError: the token is malformed.
+            MeshError: changes may go unheard from now on.
         """
+        ours = self._epoch
         position = self._last
         reset = ""
         if resume_token:
             epoch, position = _read_token(resume_token)
-            if epoch != self._epoch or position > self._last:
+            if epoch != ours or position > self._last:
                 position, reset = self._last, "the token is not of this replica's present run"
         self.watchers += 1
         try:
@@ -114,7 +122,10 @@ class Journal:
                     change, position = self._read(position, namespaces)
                     if change is not None:
                         yield Event(self._token(position), change)
-                if not await self._changed(clock, heartbeat_s):
+                changed = await self._changed(clock, heartbeat_s)
+                if self._epoch != ours:
+                    raise interrupted()
+                if not changed:
                     yield Event(self._token(position), None)
         finally:
             self.watchers -= 1
@@ -188,6 +199,15 @@ class Journals:
             journal = self._by_tenant[tenant] = Journal(self._size, self._new_epoch())
         return journal
 
+    def watched(self, tenant: str) -> Journal | None:
+        """The tenant's journal, if anybody ever asked for it."""
+        return self._by_tenant.get(tenant)
+
+    def interrupt(self) -> None:
+        """Ends all watches of all tenants."""
+        for journal in self._by_tenant.values():
+            journal.interrupt(self._new_epoch())
+
     def to_watch(self, tenant: str) -> Journal:
         """The tenant's journal, for one more who watches.
 
@@ -202,6 +222,16 @@ class Journals:
                 f"{journal.watchers:,} watches are open, which is the most a tenant may have",
             )
         return journal
+
+
+def interrupted() -> MeshError:
+    """What a watch ends with that might miss something."""
+    return MeshError(
+        grpc.StatusCode.UNAVAILABLE,
+        "CHANGES_UNHEARD",
+        "this replica does not hear of changes by others at present; watch again, or another one",
+        retry_after_s=0.5,
+    )
 
 
 def _set(future: asyncio.Future[bool], changed: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol
 
 from agent360.mesh.cache.entry import Counts, Entry, Payload, Space
@@ -29,10 +29,7 @@ class Clock(Protocol):
 
 
 class Store(Protocol):
-    """Holds the entries of this replica, within its bounds. It works in memory: nothing waits.
-
-    A shared store of several replicas stands behind a port of its own, beside this one.
-    """
+    """Holds the entries of this replica, within its bounds. It works in memory: nothing waits."""
 
     def space(self, tenant: str, name: str) -> Space:
         """The namespace, which is made if there is none.
@@ -47,23 +44,47 @@ class Store(Protocol):
     def spaces(self, tenant: str) -> Mapping[str, Space]:
         """The tenant's namespaces by name."""
 
+    def all_spaces(self) -> Iterator[Space]:
+        """The namespaces of all tenants."""
+
     def find(self, space: Space, key: str, now: float, allow_stale: bool) -> Entry | None:
-        """The entry that answers a lookup, which is counted; None on a miss."""
+        """The entry that answers a lookup, which is counted; None, which is not, on a miss."""
 
     def note_reads(self) -> None:
         """Tells the eviction policy of the lookups since the last time."""
 
     def peek(self, space: Space, key: str, now: float) -> Entry | None:
-        """The entry that is there, fresh or stale; nothing is counted."""
+        """The entry that is there, fresh or not; nothing is counted."""
 
-    def write(self, space: Space, key: str, payload: Payload, now: float, version: int) -> Entry:
-        """Writes an entry; it is not held (``segment`` is None) if the policy refused it."""
+    def write(
+        self,
+        space: Space,
+        key: str,
+        payload: Payload,
+        now: float,
+        version: int,
+        fresh_until: float | None = None,
+    ) -> Entry:
+        """Writes an entry; it is not held (``segment`` is None) if the policy refused it.
+
+        Args:
+            space: where.
+            key: under which key.
+            payload: what.
+            now: monotonic time in seconds.
+            version: of the entry.
+            fresh_until: on the same clock; None: its TTL from now.
+        """
 
     def remove(self, entry: Entry) -> None:
-        """Removes an entry and counts it as invalidated."""
+        """Removes an entry, if it is held."""
 
-    def drop_generation(self, space: Space) -> None:
-        """Makes all entries of a namespace unreachable at once; their room is reclaimed later."""
+    def drop_generation(self, space: Space) -> int:
+        """Makes all entries of a namespace unreachable at once; their room is reclaimed later.
+
+        Returns:
+            How many there were.
+        """
 
     def tagged(self, space: Space, tags: Iterable[str]) -> list[Entry]:
         """The entries with any of the tags."""

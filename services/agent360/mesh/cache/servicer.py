@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, Final
 
 import grpc
 
 from agent360.cache.v1 import cache_pb2 as pb
 from agent360.client import AuditEvent, Mesh
-from agent360.client.errors import MeshError, unimplemented
-from agent360.mesh.cache.admission import Bounds
-from agent360.mesh.cache.claims import Claim
+from agent360.client.errors import InvalidRequestError, MeshError, Violation
+from agent360.mesh.cache.assembly import assemble
+from agent360.mesh.cache.changes import Scope, Stored
+from agent360.mesh.cache.claims import Claim, Claimed
 from agent360.mesh.cache.clock import LoopClock
-from agent360.mesh.cache.entry import Payload
-from agent360.mesh.cache.exposition import StoreCollector
-from agent360.mesh.cache.service import CacheService, Claimed, Limits
+from agent360.mesh.cache.entry import Payload, Space
+from agent360.mesh.cache.service import Write, count_stored
 from agent360.mesh.cache.settings import CacheSettings
-from agent360.mesh.cache.stores import open_store
+from agent360.mesh.cache.warming import at_once, warm
 from agent360.mesh.cache.wire import requests as read
 from agent360.mesh.cache.wire import responses as write
 from agent360.mesh.runtime.call import Call, Emit, Item
@@ -32,7 +32,6 @@ from agent360.mesh.runtime.service import ServiceContext, ServiceDefinition
 
 _DESCRIPTOR: Final = pb.DESCRIPTOR.services_by_name["CacheService"]
 _LARGE_BYTES: Final = 4_096
-_WARM_SLICE: Final = 100
 
 
 class _Audit:
@@ -58,24 +57,12 @@ class CacheServicer:
     def __init__(self, settings: CacheSettings, context: ServiceContext) -> None:
         self._settings = settings
         self._clock = LoopClock()
-        bounds = Bounds(settings.max_entries, settings.max_bytes)
-        store = open_store(
-            settings.store,
-            bounds,
-            max_namespaces=settings.max_namespaces_per_tenant,
-            now=self._clock.now(),
+        self._log = context.log
+        self._service = assemble(
+            settings, self._clock, _Audit(context.mesh), context.registry, context.log
         )
-        limits = Limits(
-            max_value_bytes=settings.max_value_bytes,
-            max_entry_bytes=settings.max_bytes,
-            max_claims=settings.claims.max_open,
-            journal_size=settings.watch.journal_size,
-            max_watches=settings.watch.max_per_tenant,
-        )
-        self._service = CacheService(store, self._clock, limits, _Audit(context.mesh))
-        self._ttls = read.Ttls(settings.default_ttl_s, settings.max_ttl_s)
+        self._max_ttl_s = settings.max_ttl_s
         self._sweeper: asyncio.Task[None] | None = None
-        context.registry.register(StoreCollector(store, bounds))
 
     @property
     def definitions(self) -> tuple[ServiceDefinition, ...]:
@@ -102,6 +89,7 @@ class CacheServicer:
 
     async def start(self) -> None:
         """See ``Servicer.start``."""
+        await self._service.start()
         self._sweeper = asyncio.create_task(self._service.run_sweeper())
 
     async def close(self) -> None:
@@ -109,16 +97,23 @@ class CacheServicer:
         if self._sweeper is not None:
             self._sweeper.cancel()
             await asyncio.wait((self._sweeper,))
-        self._service.close()
+        try:
+            await self._service.close()
+        except OSError as error:
+            self._log.warning("the hottest entries could not be kept", error=str(error))
 
     # ---------------------------------------------------------------- hot
 
     async def get(self, items: Sequence[Item], emit: Emit) -> None:
-        """Reads entries; neighbours of one tenant and namespace share its look-up."""
+        """Reads entries; neighbours of one tenant and namespace share its look-up.
+
+        What memory has is answered at once; the rest is fetched together.
+        """
         now = self._clock.now()
         find = self._service.find
         tenant = namespace = ""
         space: Any = None
+        missing: list[tuple[Item, tuple[Space, str, bool]]] = []
         for item in items:
             request = item.request
             key = request.key
@@ -135,26 +130,43 @@ class CacheServicer:
                 continue
             entry = find(space, key, now, request.allow_stale)
             if entry is None:
-                emit.reply(item).lookup.outcome = write.MISS
+                missing.append((item, (space, key, request.allow_stale)))
                 continue
             size = len(entry.value)
             if size > _LARGE_BYTES and emit.full:
                 await emit.room()
             write.write_entry(emit.reply(item, size).lookup, entry, now, request.include_tags)
         self._service.note_reads()
+        if missing:
+            await self._get_missing(missing, emit)
+
+    async def _get_missing(
+        self, missing: Sequence[tuple[Item, tuple[Space, str, bool]]], emit: Emit
+    ) -> None:
+        found = await self._service.fetch([wanted for _, wanted in missing], self._clock.now())
+        now = self._clock.now()
+        for (item, _), each in zip(missing, found, strict=True):
+            if isinstance(each, MeshError):
+                emit.fail(item, each)
+                continue
+            size = 0 if each.entry is None else len(each.entry.value)
+            if size > _LARGE_BYTES and emit.full:
+                await emit.room()
+            write.write_lookup(emit.reply(item, size).lookup, each, now, item.request.include_tags)
 
     async def set(self, items: Sequence[Item], emit: Emit) -> None:
         """Writes entries."""
-        now = self._clock.now()
-        for item in items:
-            try:
-                _fill_set(emit.reply, item, self._set(item.call.tenant, item.request, now))
-            except MeshError as error:
-                emit.fail(item, error)
+        writes, items = self._writes(items, emit)
+        results = await self._service.write_all(writes, self._clock.now())
+        for item, result in zip(items, results, strict=True):
+            if isinstance(result, MeshError):
+                emit.fail(item, result)
+            else:
+                write.write_stored(emit.reply(item), result)
 
     async def delete(self, items: Sequence[Item], emit: Emit) -> None:
         """Removes entries."""
-        now = self._clock.now()
+        wanted, asked = [], []
         for item in items:
             request = item.request
             try:
@@ -163,7 +175,12 @@ class CacheServicer:
             except MeshError as error:
                 emit.fail(item, error)
                 continue
-            emit.reply(item).deleted = self._service.delete(space, request.key, now)
+            wanted.append((space, request.key))
+            asked.append(item)
+        results = await self._service.delete_all(wanted, self._clock.now())
+        for item, removed in zip(asked, results, strict=True):
+            response = emit.reply(item)
+            response.deleted, response.shared = removed.entries > 0, removed.shared
 
     async def claim(self, items: Sequence[Item], emit: Emit) -> None:
         """Reads entries or gives out the right to fill them; who must wait does so apart."""
@@ -176,97 +193,143 @@ class CacheServicer:
                 timeout_s = read.read_fill_timeout(
                     request, claims.fill_timeout_s, claims.max_fill_timeout_s
                 )
+                eager = read.read_eager_refresh(request)
                 space = self._service.space(item.call.tenant, request.namespace)
-                found = self._service.claim(space, request.key, request.allow_stale, timeout_s, now)
+                found = self._service.claim(
+                    space, request.key, request.allow_stale, timeout_s, now, eager
+                )
             except MeshError as error:
                 emit.fail(item, error)
                 continue
             if isinstance(found, Claim):
                 emit.start(item, self._wait(item, emit, found, timeout_s))
             else:
-                _fill_claim(emit, item, found, now)
+                self._reply_claimed(item, emit, found)
+        self._service.note_reads()
 
     async def fill(self, items: Sequence[Item], emit: Emit) -> None:
-        """Stores what was claimed."""
-        now = self._clock.now()
+        """Stores what was claimed, each on its own."""
         for item in items:
-            request, tenant = item.request, item.call.tenant
+            emit.start(item, self._fill(item, emit))
+
+    async def _fill(self, item: Item, emit: Emit) -> None:
+        request, tenant = item.request, item.call.tenant
+        read.check_fill(request)
+        if request.WhichOneof("outcome") == "failure":
+            fallback = await self._service.fail_claimed(tenant, request.fill_token)
+            response = emit.reply(item)
+            response.shared = True
+            if fallback is not None:
+                now = self._clock.now()
+                write.write_lookup(response.fallback, fallback, now, include_tags=False)
+            return
+        entry = read.read_entry(request.entry, self._max_ttl_s)
+        stored = await self._service.fill_claimed(
+            tenant, request.fill_token, entry.namespace, entry.key, entry.payload
+        )
+        write.write_stored(emit.reply(item), stored)
+
+    async def _wait(self, item: Item, emit: Emit, claim: Claim, timeout_s: float) -> None:
+        claimed = await self._service.wait(claim, timeout_s, allow_stale=item.request.allow_stale)
+        self._reply_claimed(item, emit, claimed)
+
+    def _reply_claimed(self, item: Item, emit: Emit, claimed: Claimed) -> None:
+        if claimed.grant is not None and not item.open:
+            self._service.hand_back(claimed)
+        size = 0 if claimed.entry is None else len(claimed.entry.value)
+        write.write_claimed(emit.reply(item, size), claimed, self._clock.now())
+
+    def _writes(self, items: Sequence[Item], emit: Emit) -> tuple[list[Write], list[Item]]:
+        """The writes that items ask for, and those items; the others are refused."""
+        writes, asked = [], []
+        for item in items:
             try:
-                read.check_fill(request)
-                if request.WhichOneof("outcome") == "failure":
-                    self._service.give_up(tenant, request.fill_token)
-                    emit.reply(item)
-                    continue
-                entry = read.read_entry(request.entry, self._ttls)
-                stored = self._service.fill(
-                    tenant, request.fill_token, entry.namespace, entry.key, entry.payload, now
-                )
+                writes.append(self._read_set(item.call.tenant, item.request))
             except MeshError as error:
                 emit.fail(item, error)
                 continue
-            response = emit.reply(item)
-            response.stored, response.version = stored.stored, stored.version
+            asked.append(item)
+        return writes, asked
 
-    async def _wait(self, item: Item, emit: Emit, claim: Claim, timeout_s: float) -> None:
-        claimed = await self._service.wait(claim, timeout_s)
-        _fill_claim(emit, item, claimed, self._clock.now())
+    def _read_set(self, tenant: str, request: Any) -> Write:
+        wish = read.read_set(request, self._max_ttl_s)
+        space = self._service.space(tenant, wish.namespace)
+        return Write(space, wish.key, wish.payload, wish.condition, wish.if_version)
 
     # ---------------------------------------------------------------- the others
 
     async def batch_get(self, call: Call, request: Any) -> Any:
         """Reads many entries of one namespace."""
         read.check_keys(request.namespace, request.keys)
-        now = self._clock.now()
+        now, allow_stale = self._clock.now(), request.allow_stale
         space = self._service.space_to_read(call.tenant, request.namespace)
+        found: dict[int, Claimed | MeshError] = {}
+        missing: list[int] = []
+        for index, key in enumerate(request.keys):
+            entry = self._service.find(space, key, now, allow_stale)
+            if entry is None:
+                missing.append(index)
+            else:
+                found[index] = Claimed(entry)
+        wanted = [(space, request.keys[index], allow_stale) for index in missing]
+        found.update(zip(missing, await self._service.fetch(wanted, now), strict=True))
+        self._service.note_reads()
         response = pb.BatchGetResponse()
         size, largest = 0, self._settings.max_message_bytes - 2**16
-        for key in request.keys:
-            lookup = response.lookups.add()
-            entry = self._service.find(space, key, now, request.allow_stale)
-            if entry is None:
-                lookup.outcome = write.MISS
-                continue
-            size += len(entry.value)
+        now = self._clock.now()
+        for index in range(len(request.keys)):
+            each = found[index]
+            if isinstance(each, MeshError):
+                raise each
+            size += 0 if each.entry is None else len(each.entry.value)
             if size > largest:
                 raise MeshError(
                     grpc.StatusCode.RESOURCE_EXHAUSTED,
                     "RESPONSE_TOO_LARGE",
                     f"the values take more than {largest:,} bytes together; ask for fewer keys",
                 )
-            write.write_entry(lookup, entry, now, request.include_tags)
-        self._service.note_reads()
+            write.write_lookup(response.lookups.add(), each, now, request.include_tags)
         return response
 
     async def batch_set(self, call: Call, request: Any) -> Any:
         """Writes many entries, each on its own."""
-        now = self._clock.now()
-        response = pb.BatchSetResponse()
+        read.check_batch_set(request)
+        outcomes: list[Stored | MeshError | None] = []
+        writes = []
         for each in request.requests:
-            result = response.results.add()
             try:
-                stored = self._set(call.tenant, each, now)
+                writes.append(self._read_set(call.tenant, each))
+                outcomes.append(None)
             except MeshError as error:
-                result.error.CopyFrom(error.to_status())
-                continue
-            answer = result.response
-            answer.stored, answer.version, answer.shared = stored.stored, stored.version, True
+                outcomes.append(error)
+        results = iter(await self._service.write_all(writes, self._clock.now()))
+        response = pb.BatchSetResponse()
+        for outcome in outcomes:
+            end = next(results) if outcome is None else outcome
+            result = response.results.add()
+            if isinstance(end, MeshError):
+                result.error.CopyFrom(end.to_status())
+            else:
+                write.write_stored(result.response, end)
         return response
 
     async def invalidate(self, call: Call, request: Any) -> Any:
         """Removes entries by keys, prefix, tags, or all of a namespace."""
-        scope = read.check_invalidate(request)
-        service, space = self._service, self._service.space(call.tenant, request.namespace)
-        removed = 0
-        if scope == "keys":
-            removed = service.invalidate_keys(space, list(request.keys.keys), self._clock.now())
-        elif scope == "prefix":
-            removed = await service.invalidate_prefix(space, request.prefix)
-        elif scope == "tags":
-            removed = await service.invalidate_tags(space, list(request.tags.tags))
-        else:
-            service.invalidate_all(space)
+        scope: Scope = read.check_invalidate(request)
+        names: Any = {
+            "keys": request.keys.keys,
+            "prefix": (request.prefix,),
+            "tags": request.tags.tags,
+            "all": (),
+        }[scope]
+        entries = self._read_entries("warm", request.warm, request.namespace)
+        space = self._service.space(call.tenant, request.namespace)
+        done = await self._service.invalidate(space, scope, tuple(names), entries)
         return pb.InvalidateResponse(
-            removed=removed, namespace_version=space.generation, shared=True
+            removed=done.removed,
+            namespace_version=done.version,
+            shared=done.shared,
+            warmed=done.warmed,
         )
 
     async def get_stats(self, call: Call, request: Any) -> Any:
@@ -286,7 +349,8 @@ class CacheServicer:
         response = pb.GetStatsResponse()
         for name in names[:size]:
             stats = pb.NamespaceStats()
-            write.write_stats(stats, spaces[name])
+            space = spaces[name]
+            write.write_stats(stats, space, self._service.version_of(space))
             response.namespaces.append(masked(stats))
         if len(names) > size:
             response.next_page_token = encode_page_token(call.tenant, query, names[size - 1])
@@ -294,29 +358,48 @@ class CacheServicer:
 
     async def warm(self, call: Call, request: Any) -> AsyncIterator[Any]:
         """Puts entries in place, with progress after each slice."""
-        source = read.check_warm(request)
+        service, source = self._service, read.check_warm(request)
+        space = service.space(call.tenant, request.namespace)
+
+        async def write_all(entries: Sequence[tuple[str, Payload]]) -> int:
+            writes = [Write(space, key, payload) for key, payload in entries]
+            return count_stored(await service.write_all(writes, self._clock.now()))
+
+        async def bring_back(keys: Sequence[str]) -> int:
+            return await service.bring_back(space, keys)
+
+        options = {"per_second": request.entries_per_second}
         if source == "hottest":
-            raise unimplemented("warming from the hottest keys of the last run")
-        entries = (
-            [
-                read.read_entry(entry, self._ttls, request.namespace)
-                for entry in request.entries.entries
-            ]
-            if source == "entries"
-            else list(self._copies(call.tenant, request.from_namespace, request.namespace))
-        )
-        space = self._service.space(call.tenant, request.namespace)
-        progress = pb.WarmResponse(total=len(entries))
-        pause_s = _WARM_SLICE / request.entries_per_second if request.entries_per_second else 0.0
-        for first in range(0, len(entries), _WARM_SLICE):
-            for entry in entries[first : first + _WARM_SLICE]:
-                stored = self._service.write(space, entry.key, entry.payload, self._clock.now())
-                if stored.stored:
-                    progress.warmed += 1
-                else:
-                    progress.failed += 1
-            yield progress
-            await asyncio.sleep(pause_s)
+            keys = await service.hottest(space, request.hottest.limit)
+            steps = warm(at_once(keys), bring_back, self._clock, total=len(keys), **options)
+        elif source == "entries":
+            given = request.entries.entries
+            entries = self._read_entries("entries.entries", given, request.namespace)
+            steps = warm(at_once(entries), write_all, self._clock, total=len(entries), **options)
+        else:
+            origin = service.space_to_read(call.tenant, request.from_namespace)
+            steps = warm(service.copies(origin), write_all, self._clock, total=0, **options)
+        async for step in steps:
+            yield pb.WarmResponse(warmed=step.warmed, failed=step.failed, total=step.total)
+
+    def _read_entries(self, field: str, entries: Any, namespace: str) -> list[tuple[str, Payload]]:
+        """Entries of a list, for one namespace; a fault is named with its place in the list."""
+        found = []
+        for index, entry in enumerate(entries):
+            try:
+                wish = read.read_entry(entry, self._max_ttl_s, namespace)
+            except InvalidRequestError as error:
+                raise InvalidRequestError(
+                    [
+                        Violation(
+                            f"{field}[{index}].{each.field.removeprefix('entry.')}",
+                            each.description,
+                        )
+                        for each in error.violations
+                    ]
+                ) from None
+            found.append((wish.key, wish.payload))
+        return found
 
     async def watch(self, call: Call, request: Any) -> AsyncIterator[Any]:
         """Streams the tenant's invalidations."""
@@ -332,32 +415,3 @@ class CacheServicer:
             response = pb.WatchResponse()
             write.write_event(response, event)
             yield response
-
-    # ---------------------------------------------------------------- within
-
-    def _set(self, tenant: str, request: Any, now: float) -> Any:
-        wish = read.read_set(request, self._ttls)
-        space = self._service.space(tenant, wish.namespace)
-        return self._service.write(
-            space, wish.key, wish.payload, now, wish.condition, wish.if_version
-        )
-
-    def _copies(self, tenant: str, source: str, target: str) -> Iterable[read.Write]:
-        """The live entries of a namespace, to be written into another."""
-        now = self._clock.now()
-        space = self._service.space_to_read(tenant, source)
-        for key, entry in list(space.entries.items()):
-            remaining_s = entry.fresh_until - now
-            if remaining_s > 0 and entry.reachable:
-                payload = Payload(entry.value, remaining_s, 0.0, entry.content_type, entry.tags)
-                yield read.Write(target, key, payload)
-
-
-def _fill_set(reply: Any, item: Item, stored: Any) -> None:
-    response = reply(item)
-    response.stored, response.version, response.shared = stored.stored, stored.version, True
-
-
-def _fill_claim(emit: Emit, item: Item, claimed: Claimed, now: float) -> None:
-    size = 0 if claimed.entry is None else len(claimed.entry.value)
-    write.write_claimed(emit.reply(item, size), claimed, now)

@@ -1,4 +1,4 @@
-"""Entries in this process's memory."""
+"""Entries in this process's memory, each tenant's within its share."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import Final
 import grpc
 
 from agent360.client.errors import MeshError
-from agent360.mesh.cache.admission import Bounds, Outcome, TinyLfu
+from agent360.mesh.cache.admission import Bounds, Outcome
 from agent360.mesh.cache.entry import Counts, Entry, Payload, Space, size_of
 from agent360.mesh.cache.expiry import ExpiryWheel
+from agent360.mesh.cache.policy import DEFAULT_POLICY, Admission, PolicyOf
+from agent360.mesh.cache.shares import Shares, Tenancy
 
 _READS_AT_ONCE: Final = 64
 _RECLAIMED_WITH_A_WRITE: Final = 16
@@ -26,8 +28,8 @@ class MemoryStore:
     key can be taken for another, whatever their hashes are. The policy sees the same entries and
     says which go.
 
-    Invariant: an entry is in the policy, in the wheel and (if of its space's generation) in its
-    space's tables, or in none of them. Entries of dropped generations wait in ``_dropped``.
+    Invariant: an entry is in its tenant's policy, in the wheel and (if of its space's generation)
+    in its space's tables, or in none of them. Entries of dropped generations wait in ``_dropped``.
     """
 
     def __init__(
@@ -37,6 +39,8 @@ class MemoryStore:
         max_namespaces: int,
         now: float,
         hash_key: Callable[[str], int] = hash,
+        quota_of: Callable[[str], Bounds] | None = None,
+        policy_of: PolicyOf = lambda _, __: DEFAULT_POLICY,
     ) -> None:
         """Makes an empty store.
 
@@ -45,12 +49,14 @@ class MemoryStore:
             max_namespaces: of one tenant.
             now: monotonic time in seconds.
             hash_key: what the policy tells keys apart by; it never decides what is found.
+            quota_of: what the entries of a tenant may take; None: as much as all.
+            policy_of: the policy of a namespace.
         """
-        self._policy = TinyLfu(bounds)
+        self._shares = Shares(bounds, quota_of or (lambda _: bounds))
         self._wheel = ExpiryWheel(now)
         self._max_namespaces = max_namespaces
         self._hash_key = hash_key
-        self._tenants: dict[str, dict[str, Space]] = {}
+        self._policy_of = policy_of
         self._reads: list[Entry] = []
         self._dropped: deque[Iterator[Entry]] = deque()
         self._due: Iterator[Entry] = iter(())
@@ -59,9 +65,7 @@ class MemoryStore:
 
     def space(self, tenant: str, name: str) -> Space:
         """See ``Store.space``."""
-        spaces = self._tenants.get(tenant)
-        if spaces is None:
-            spaces = self._tenants[tenant] = {}
+        spaces = self._shares.of(tenant).spaces
         space = spaces.get(name)
         if space is None:
             if len(spaces) >= self._max_namespaces:
@@ -71,28 +75,35 @@ class MemoryStore:
                     f"the tenant has {len(spaces):,} namespaces, which is the most there may be",
                     metadata={"max_namespaces": str(self._max_namespaces)},
                 )
-            space = spaces[name] = Space(tenant, name)
+            space = spaces[name] = Space(tenant, name, self._policy_of(tenant, name))
         return space
 
     def space_to_read(self, tenant: str, name: str) -> Space:
         """See ``Store.space_to_read``."""
-        spaces = self._tenants.get(tenant, _NO_SPACES)
+        spaces = self.spaces(tenant)
         if name not in spaces and len(spaces) >= self._max_namespaces:
-            return Space(tenant, name)
+            return Space(tenant, name, self._policy_of(tenant, name))
         return self.space(tenant, name)
 
     def spaces(self, tenant: str) -> Mapping[str, Space]:
         """See ``Store.spaces``."""
-        return self._tenants.get(tenant, _NO_SPACES)
+        tenancy = self._shares.get(tenant)
+        return _NO_SPACES if tenancy is None else tenancy.spaces
 
-    def drop_generation(self, space: Space) -> None:
+    def all_spaces(self) -> Iterator[Space]:
+        """See ``Store.all_spaces``."""
+        for tenancy in self._shares.all():
+            yield from list(tenancy.spaces.values())
+
+    def drop_generation(self, space: Space) -> int:
         """See ``Store.drop_generation``."""
-        space.counts.invalidations += len(space.entries)
+        dropped = len(space.entries)
         self._dropped.append(iter(space.entries.values()))
         space.generation += 1
         space.entries = {}
         space.tags = {}
         space.size_bytes = 0
+        return dropped
 
     # ---------------------------------------------------------------- reading
 
@@ -106,11 +117,10 @@ class MemoryStore:
                 return entry
             if now >= entry.gone_at:
                 self._expire(entry)
-            elif allow_stale:
+            elif allow_stale and now < entry.stale_until:
                 space.counts.stale_hits += 1
                 self._reads.append(entry)
                 return entry
-        space.counts.misses += 1
         return None
 
     def note_reads(self) -> None:
@@ -135,33 +145,43 @@ class MemoryStore:
 
     # ---------------------------------------------------------------- writing
 
-    def write(self, space: Space, key: str, payload: Payload, now: float, version: int) -> Entry:
+    def write(
+        self,
+        space: Space,
+        key: str,
+        payload: Payload,
+        now: float,
+        version: int,
+        fresh_until: float | None = None,
+    ) -> Entry:
         """See ``Store.write``."""
+        if fresh_until is None:
+            fresh_until = now + payload.ttl_s
         self._flush_reads()
         self._make_way(size_of(key, payload))
         entry = self.peek(space, key, now)
-        space.counts.sets += 1
+        tenancy = self._shares.of(space.tenant)
         if entry is None:
             entry = Entry(space, key, self._hash_key(key) ^ space.salt)
-            entry.write(payload, now, version)
+            entry.write(payload, fresh_until, version)
             space.entries[key] = entry
             space.size_bytes += entry.size_bytes
             self._file(entry)
-            self._settle(self._policy.add(entry))
+            always = space.policy.admission is Admission.ALWAYS
+            self._settle(self._shares.add(tenancy, entry, always=always))
         else:
             old_size_bytes = entry.size_bytes
             self._unfile(entry)
-            entry.write(payload, now, version)
+            entry.write(payload, fresh_until, version)
             space.size_bytes += entry.size_bytes - old_size_bytes
             self._file(entry)
-            self._settle(self._policy.resized(entry, old_size_bytes))
+            self._settle(self._shares.resized(tenancy, entry, old_size_bytes))
         return entry
 
     def remove(self, entry: Entry) -> None:
         """See ``Store.remove``."""
         if entry.segment is not None:
             self._let_go(entry)
-            entry.space.counts.invalidations += 1
 
     def sweep(self, now: float, limit: int) -> bool:
         """See ``Store.sweep``."""
@@ -182,37 +202,38 @@ class MemoryStore:
     @property
     def size_bytes(self) -> int:
         """Bytes of all entries, those of dropped generations included."""
-        return self._policy.size_bytes
+        return self._shares.size_bytes
 
     def __len__(self) -> int:
         """How many entries there are, those of dropped generations included."""
-        return len(self._policy)
+        return self._shares.entries
 
     def totals(self) -> Counts:
         """The counts of all namespaces together."""
         totals = Counts()
-        for spaces in list(self._tenants.values()):
-            for space in list(spaces.values()):
-                totals.add(space.counts)
+        for space in self.all_spaces():
+            totals.add(space.counts)
         return totals
 
     # ---------------------------------------------------------------- bookkeeping
 
     def _flush_reads(self) -> None:
-        if self._reads:
-            reads, self._reads = self._reads, []
-            self._policy.used(reads)
+        """Tells the policies what was read, tenant by tenant."""
+        if not self._reads:
+            return
+        reads, self._reads = self._reads, []
+        by_tenant: dict[str, list[Entry]] = {}
+        for entry in reads:
+            by_tenant.setdefault(entry.space.tenant, []).append(entry)
+        for tenant, entries in by_tenant.items():
+            self._shares.of(tenant).policy.used(entries)
 
     def _make_way(self, size_bytes: int) -> None:
         """Reclaims as many unreachable entries as it takes before others are pushed out."""
         if not self._dropped:
             return
         self._reclaim(_RECLAIMED_WITH_A_WRITE)
-        policy = self._policy
-        while self._dropped and (
-            policy.size_bytes + size_bytes > policy.bounds.size_bytes
-            or len(policy) >= policy.bounds.entries
-        ):
+        while self._dropped and self._shares.would_exceed(size_bytes):
             self._reclaim(_RECLAIMED_WITH_A_WRITE)
 
     def _reclaim(self, limit: int) -> int:
@@ -245,8 +266,11 @@ class MemoryStore:
             self._let_go(entry)
 
     def _let_go(self, entry: Entry) -> None:
-        self._policy.remove(entry)
+        self._shares.remove(self._tenancy(entry), entry)
         self._forget(entry)
+
+    def _tenancy(self, entry: Entry) -> Tenancy:
+        return self._shares.of(entry.space.tenant)
 
     def _forget(self, entry: Entry) -> None:
         """Takes an entry that the policy let go of out of all tables."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any, Final, NamedTuple
 
 from agent360.cache.v1 import cache_pb2 as pb
+from agent360.mesh.cache.changes import Condition, Scope
 from agent360.mesh.cache.entry import Payload
-from agent360.mesh.cache.service import Condition
+from agent360.mesh.cache.policy import DEFAULT_STALE_TTL_S, DEFAULT_TTL_S
 from agent360.mesh.runtime.validation import Violations, seconds_of
 
 MAX_NAMESPACE_BYTES: Final = 128
 MAX_KEY_BYTES: Final = 1_024
 MAX_KEYS: Final = 1_000
+MAX_HOTTEST: Final = 100_000
 SURELY_SHORT: Final = MAX_KEY_BYTES // 4
 """A key of at most so many characters is not too long, whatever they are."""
 
@@ -19,6 +21,7 @@ _MAX_TAGS: Final = 32
 _MAX_TAG_BYTES: Final = 128
 _MAX_INVALIDATED_TAGS: Final = 100
 _MAX_CONTENT_TYPE_BYTES: Final = 255
+_MAX_TOKEN_BYTES: Final = 4_096
 
 _CONDITIONS: Final = {
     pb.SET_CONDITION_UNSPECIFIED: Condition.ALWAYS,
@@ -27,16 +30,7 @@ _CONDITIONS: Final = {
 }
 
 
-class Ttls(NamedTuple):
-    """How long entries are kept, in seconds."""
-
-    default_s: float
-    """Where the request does not say."""
-    max_s: float
-    """Longer ones are cut to this."""
-
-
-class Write(NamedTuple):
+class Wish(NamedTuple):
     """A request to write an entry."""
 
     namespace: str
@@ -68,14 +62,14 @@ def check_keys(namespace: str, keys: Any) -> None:
     faults.raise_if_any()
 
 
-def read_set(request: Any, ttls: Ttls) -> Write:
-    """A SetRequest.
+def read_set(request: Any, max_ttl_s: float) -> Wish:
+    """A SetRequest; longer TTLs are cut to ``max_ttl_s``.
 
     Raises:
         InvalidRequestError: it is malformed.
     """
     faults = Violations()
-    payload = _read_entry(request.entry, ttls, faults)
+    payload = _read_entry(request.entry, max_ttl_s, faults)
     condition = _CONDITIONS.get(request.condition)
     if condition is None:
         faults.add("condition", "is not a condition this version knows")
@@ -84,25 +78,27 @@ def read_set(request: Any, ttls: Ttls) -> Write:
         faults.add("if_version", "needs condition SET_CONDITION_IF_VERSION")
     faults.raise_if_any()
     entry = request.entry
-    return Write(entry.namespace, entry.key, payload, condition, request.if_version)
+    return Wish(entry.namespace, entry.key, payload, condition, request.if_version)
 
 
-def read_entry(entry: Any, ttls: Ttls, namespace: str | None = None) -> Write:
+def read_entry(entry: Any, max_ttl_s: float, namespace: str | None = None) -> Wish:
     """An Entry to be written unconditionally, into ``namespace`` if that is given.
+
+    Longer TTLs are cut to ``max_ttl_s``.
 
     Raises:
         InvalidRequestError: it is malformed.
     """
     faults = Violations()
-    payload = _read_entry(entry, ttls, faults, namespace)
+    payload = _read_entry(entry, max_ttl_s, faults, namespace)
     faults.raise_if_any()
-    return Write(entry.namespace if namespace is None else namespace, entry.key, payload)
+    return Wish(entry.namespace if namespace is None else namespace, entry.key, payload)
 
 
 def check_fill(request: Any) -> None:
     """Raises InvalidRequestError unless a fill has a token and an outcome."""
     faults = Violations()
-    faults.text("fill_token", request.fill_token, max_bytes=256)
+    faults.text("fill_token", request.fill_token, max_bytes=_MAX_TOKEN_BYTES)
     if request.WhichOneof("outcome") is None:
         faults.add("outcome", "must be an entry or a failure")
     faults.raise_if_any()
@@ -122,7 +118,21 @@ def read_fill_timeout(request: Any, default_s: float, max_s: float) -> float:
     return min(seconds, max_s)
 
 
-def check_invalidate(request: Any) -> str:
+def read_eager_refresh(request: Any) -> float:
+    """The part of its TTL after which an entry is refreshed; 0: as the policy says.
+
+    Raises:
+        InvalidRequestError: it is not below 1.
+    """
+    part: float = request.eager_refresh
+    if not 0.0 <= part < 1.0:
+        faults = Violations()
+        faults.add("eager_refresh", f"must be at least 0 and below 1, is {part:g}")
+        faults.raise_if_any()
+    return part
+
+
+def check_invalidate(request: Any) -> Scope:
     """Checks an InvalidateRequest and returns the field that is its scope.
 
     Raises:
@@ -130,7 +140,7 @@ def check_invalidate(request: Any) -> str:
     """
     faults = Violations()
     faults.text("namespace", request.namespace, max_bytes=MAX_NAMESPACE_BYTES)
-    scope: str | None = request.WhichOneof("scope")
+    scope: Scope | None = request.WhichOneof("scope")
     if scope is None:
         faults.add("scope", "must be one of keys, prefix, tags and all")
     elif scope == "keys":
@@ -145,8 +155,9 @@ def check_invalidate(request: Any) -> str:
         _check_each(faults, "tags.tags", tags, _MAX_TAG_BYTES)
     elif not request.all:
         faults.add("all", "must be true; leave it out to name another scope")
+    faults.count("warm", len(request.warm), at_least=0, at_most=MAX_KEYS)
     faults.raise_if_any()
-    return scope or ""
+    return scope or "all"
 
 
 def check_warm(request: Any) -> str:
@@ -163,12 +174,22 @@ def check_warm(request: Any) -> str:
     elif source == "entries":
         count = len(request.entries.entries)
         faults.count("entries.entries", count, at_least=1, at_most=MAX_KEYS)
+    elif source == "hottest":
+        limit = request.hottest.limit
+        faults.require("hottest.limit", 0 < limit <= MAX_HOTTEST, f"must be 1 to {MAX_HOTTEST:,}")
     elif source == "from_namespace":
         faults.text("from_namespace", request.from_namespace, max_bytes=MAX_NAMESPACE_BYTES)
         if request.from_namespace == request.namespace:
             faults.add("from_namespace", "must be another than namespace")
     faults.raise_if_any()
     return source or ""
+
+
+def check_batch_set(request: Any) -> None:
+    """Raises InvalidRequestError unless one can ask for so many writes at once."""
+    faults = Violations()
+    faults.count("requests", len(request.requests), at_least=1, at_most=MAX_KEYS)
+    faults.raise_if_any()
 
 
 def check_namespaces(names: Any) -> None:
@@ -180,7 +201,7 @@ def check_namespaces(names: Any) -> None:
 
 
 def _read_entry(
-    entry: Any, ttls: Ttls, faults: Violations, namespace: str | None = None
+    entry: Any, max_ttl_s: float, faults: Violations, namespace: str | None = None
 ) -> Payload:
     if namespace is None:
         faults.text("entry.namespace", entry.namespace, max_bytes=MAX_NAMESPACE_BYTES)
@@ -192,12 +213,12 @@ def _read_entry(
     if tags:
         faults.count("entry.tags", len(tags), at_least=0, at_most=_MAX_TAGS)
         _check_each(faults, "entry.tags", tags, _MAX_TAG_BYTES)
-    ttl_s = ttls.default_s
+    ttl_s = DEFAULT_TTL_S
     if entry.HasField("ttl"):
-        ttl_s = min(faults.positive_duration("entry.ttl", entry.ttl), ttls.max_s)
-    stale_ttl_s = 0.0
+        ttl_s = min(faults.positive_duration("entry.ttl", entry.ttl), max_ttl_s)
+    stale_ttl_s = DEFAULT_STALE_TTL_S
     if entry.HasField("stale_ttl"):
-        stale_ttl_s = min(seconds_of(entry.stale_ttl), ttls.max_s)
+        stale_ttl_s = min(seconds_of(entry.stale_ttl), max_ttl_s)
         faults.require("entry.stale_ttl", stale_ttl_s >= 0, "must not be negative")
     return Payload(entry.value, ttl_s, stale_ttl_s, content_type, tags)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any, Final
 
 from agent360.cache.v1 import cache_pb2 as pb
+from agent360.mesh.cache.changes import Stored
+from agent360.mesh.cache.claims import Claimed
 from agent360.mesh.cache.entry import Entry, Space
 from agent360.mesh.cache.journal import Change, Event
-from agent360.mesh.cache.service import Claimed
 from agent360.mesh.runtime.validation import set_duration
 
 HIT: Final = pb.OUTCOME_HIT
@@ -35,16 +36,30 @@ def write_entry(lookup: Any, entry: Entry, now: float, include_tags: bool) -> No
         lookup.tags.extend(entry.tags)
 
 
+def write_lookup(lookup: Any, found: Claimed, now: float, include_tags: bool) -> None:
+    """Fills a Lookup."""
+    if found.entry is None:
+        lookup.outcome = MISS
+    else:
+        write_entry(lookup, found.entry, now, include_tags)
+    if found.degraded:
+        lookup.degraded = True
+    if found.fail_safe:
+        lookup.fail_safe = True
+
+
 def write_claimed(response: Any, claimed: Claimed, now: float) -> None:
     """Fills a ClaimResponse."""
-    entry, grant = claimed
-    if entry is None:
-        response.lookup.outcome = MISS
-    else:
-        write_entry(response.lookup, entry, now, include_tags=False)
+    write_lookup(response.lookup, claimed, now, include_tags=False)
+    grant = claimed.grant
     if grant is not None:
         response.fill_token = grant.token
         set_duration(response.fill_timeout, grant.timeout_s)
+
+
+def write_stored(response: Any, stored: Stored) -> None:
+    """Fills a SetResponse or a FillResponse."""
+    response.stored, response.version, response.shared = stored
 
 
 def write_event(response: Any, event: Event) -> None:
@@ -58,12 +73,13 @@ def write_event(response: Any, event: Event) -> None:
         response.heartbeat.SetInParent()
 
 
-def write_stats(stats: Any, space: Space) -> None:
+def write_stats(stats: Any, space: Space, version: int) -> None:
     """Fills a NamespaceStats."""
     counts = space.counts
     stats.namespace = space.name
-    stats.version = space.generation
+    stats.version = version
     stats.l1_hits = counts.hits
+    stats.l2_hits = counts.shared_hits
     stats.stale_hits = counts.stale_hits
     stats.misses = counts.misses
     stats.sets = counts.sets
@@ -76,6 +92,10 @@ def write_stats(stats: Any, space: Space) -> None:
     stats.bytes = space.size_bytes
     stats.fills = counts.fills
     set_duration(stats.fill_time, counts.fill_time_s)
+    stats.hit_ratio = counts.hit_ratio
+    stats.fill_failures = counts.fill_failures
+    stats.degraded = counts.degraded
+    stats.fail_safe_hits = counts.fail_safe_hits
 
 
 def _write_change(invalidation: Any, change: Change) -> None:

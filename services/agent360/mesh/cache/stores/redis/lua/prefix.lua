@@ -1,0 +1,37 @@
+-- Removes entries by prefix, a slice at a time. ARGV: channel, prefix, version ('': the first slice), last key of the slice
+-- before, how many keys to look at.
+-- Answers {namespace version, version, removed, last key ('': that was all)}.
+local prefix, upto, after, limit = ARGV[2], tonumber(ARGV[3]), ARGV[4], tonumber(ARGV[5])
+local now = clock()
+local space = space_version(now)
+local previous = last_version()
+local first = not upto
+if first then
+  upto = math.max(previous, now - 1) + 1
+  save_version(upto)
+  for _, key in ipairs(redis.call('HKEYS', base .. ':c')) do
+    if string.sub(key, 1, #prefix) == prefix then redis.call('HDEL', base .. ':c', key) end
+  end
+end
+local index = base .. ':i:v' .. space
+local from = after == '' and '[' .. prefix or '(' .. after
+local keys = redis.call('ZRANGEBYLEX', index, from, '[' .. prefix .. '\255', 'LIMIT', 0, limit)
+local removed = 0
+for _, key in ipairs(keys) do
+  local entry = entry_key(key, space)
+  local version = head_of(entry)
+  if not version then
+    redis.call('ZREM', index, key)
+  elseif version <= upto then
+    redis.call('UNLINK', entry)
+    redis.call('ZREM', index, key)
+    removed = removed + 1
+  end
+end
+local done = #keys < limit
+if first then
+  publish('p', previous, upto, upto, space, {prefix})
+elseif done then
+  publish('p', previous, previous, upto, space, {prefix})
+end
+return {space, text(upto), removed, done and '' or keys[#keys]}

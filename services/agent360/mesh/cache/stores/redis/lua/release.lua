@@ -1,0 +1,16 @@
+-- A filler gives its claim up. ARGV: channel, key, nonce, for how long an entry that is there stands in before loading is tried
+-- again (milliseconds; 0: it does not).
+-- Answers {namespace version, now, released (0 or 1), entry}; the entry is empty where none stands in.
+local key, nonce, pause_ms = ARGV[2], ARGV[3], tonumber(ARGV[4])
+local now = clock()
+local space = space_version(now)
+if claim_of(key, now) ~= nonce then return {space, text(now), 0, ''} end
+local value = pause_ms > 0 and redis.call('GET', entry_key(key, space)) or false
+if value then
+  set_claim(key, '', last_version(), now + pause_ms * 1000, 1, now)
+else
+  redis.call('HDEL', base .. ':c', key)
+end
+local last = last_version()
+publish('c', last, last, 0, space, {key})
+return {space, text(now), 1, value or ''}

@@ -1,0 +1,36 @@
+-- Removes entries by one tag, a slice at a time. ARGV: channel, tag, version ('': the first slice), cursor, how many to look at,
+-- how long an open claim may last (milliseconds).
+-- Answers {namespace version, version, removed, cursor ('0': that was all)}.
+local tag, upto, cursor, limit = ARGV[2], tonumber(ARGV[3]), ARGV[4], tonumber(ARGV[5])
+local now = clock()
+local space = space_version(now)
+local previous = last_version()
+local first = not upto
+if first then
+  upto = math.max(previous, now - 1) + 1
+  save_version(upto)
+  -- What open claims will be filled with may carry the tag, and would be older than this.
+  redis.call('HSET', base .. ':x', tag, text(upto))
+  keep_at_least(base .. ':x', tonumber(ARGV[6]))
+end
+local members = base .. ':t:' .. tag .. ':v' .. space
+local scanned = redis.call('SSCAN', members, cursor, 'COUNT', limit)
+local removed = 0
+for _, key in ipairs(scanned[2]) do
+  local entry = entry_key(key, space)
+  local version, _, _, tags_length = head_of(entry)
+  if not version or not has_tag(entry, tags_length, tag) then
+    redis.call('SREM', members, key)
+  elseif version <= upto then
+    redis.call('UNLINK', entry)
+    redis.call('SREM', members, key)
+    redis.call('ZREM', base .. ':i:v' .. space, key)
+    removed = removed + 1
+  end
+end
+if first then
+  publish('t', previous, upto, upto, space, {tag})
+elseif scanned[1] == '0' then
+  publish('t', previous, previous, upto, space, {tag})
+end
+return {space, text(upto), removed, scanned[1]}
