@@ -69,6 +69,7 @@ def assemble(
         limits,
         audit,
         settle_s=settings.shared.settle_s,
+        log=log,
     )
 
 

@@ -109,7 +109,7 @@ class CacheService:
         """The namespace of a tenant; see ``Store.space``."""
         self.space_to_read = store.space_to_read
         """The same for lookups alone; see ``Store.space_to_read``."""
-        self.find = store.find
+        self.find: Callable[[Space, str, float, bool], Entry | None] = store.find
         """The entry that answers a lookup; see ``Store.find``."""
         self.note_reads = store.note_reads
         """To be called once for a batch of lookups; see ``Store.note_reads``."""

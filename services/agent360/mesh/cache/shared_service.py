@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, Final, TypeVar
 
 import grpc
+import structlog
 
 from agent360.client.errors import InvalidRequestError, MeshError, Violation
 from agent360.mesh.cache.asking import Asking, nonce_of, open_token
@@ -65,6 +66,7 @@ class SharedCacheService(CacheService):
         audit: AuditTrail,
         *,
         settle_s: float,
+        log: structlog.stdlib.BoundLogger,
         **options: Any,
     ) -> None:
         """Makes the service; ``start`` connects it.
@@ -76,11 +78,13 @@ class SharedCacheService(CacheService):
             limits: bounds.
             audit: told of invalidations.
             settle_s: for how long after an outage what was written before its end is not believed.
+            log: of the service.
             options: as of ``CacheService``.
         """
         super().__init__(store, clock, limits, audit, **options)
         self._shared = shared
         self._settle_s = settle_s
+        self._log = log
         self._flights = Flights()
         self._owed = OwedChanges()
         self._owing = asyncio.Event()
@@ -124,7 +128,9 @@ class SharedCacheService(CacheService):
     # ---------------------------------------------------------------- reading
 
     async def fetch(
-        self, wanted: Sequence[tuple[Space, str, bool]], now: float
+        self,
+        wanted: Sequence[tuple[Space, str, bool]],
+        now: float,  # noqa: ARG002 - time passes until the store has answered
     ) -> Sequence[Claimed | MeshError]:
         """See ``CacheService.fetch``."""
         flights, fresh = [], []
@@ -195,7 +201,11 @@ class SharedCacheService(CacheService):
                 results[index] = answer
         return results
 
-    async def delete_all(self, wanted: Sequence[tuple[Space, str]], now: float) -> list[Removed]:
+    async def delete_all(
+        self,
+        wanted: Sequence[tuple[Space, str]],
+        now: float,  # noqa: ARG002 - time passes until the store has answered
+    ) -> list[Removed]:
         """See ``CacheService.delete_all``."""
         return await asyncio.shield(self.spawn(self._delete(wanted)))
 
@@ -313,8 +323,11 @@ class SharedCacheService(CacheService):
 
     def reaches(self, available: bool) -> None:
         """See ``Listener.reaches``."""
-        if not available:
+        if available:
+            self._log.info("the shared store is back")
+        else:
             self._was_away = True
+            self._log.warning("the shared store is away; memory serves alone")
         self._choose_reader()
         self._owing.set()
 
@@ -334,6 +347,7 @@ class SharedCacheService(CacheService):
 
     def hears_no_more(self, reason: str) -> None:
         """See ``Listener.hears_no_more``."""
+        self._log.warning("changes by other replicas are not heard", reason=reason)
         self._journals.interrupt()
         self._choose_reader()
 

@@ -306,10 +306,10 @@ class RedisStore:
         """See ``SharedStore.fill``."""
         shard = self._shards.of_key(space.tenant, space.name, key)
         encoded = await self._codec.encode(payload, space.policy.fail_safe_s)
-        arguments = [self._channel, key, nonce, 0 if keep else 1, *encoded]
-        (reply,) = await self._run([self._scripts.fill.command([shard.meta], arguments)])
-        if reply is AWAY:
-            return AWAY
+        arguments: list[Any] = [self._channel, key, nonce, 0 if keep else 1, *encoded]
+        reply = await self._run_one(self._scripts.fill.command([shard.meta], arguments))
+        if isinstance(reply, Away):
+            return reply
         self._saw_version(shard, reply[0])
         return self._written_at(reply[2], reply[3], reply[1], payload)
 
@@ -318,10 +318,10 @@ class RedisStore:
     ) -> SharedEntry | Away | None:
         """See ``SharedStore.release``."""
         shard = self._shards.of_key(space.tenant, space.name, key)
-        arguments = [self._channel, key, nonce, math.ceil(pause_s * 1e3)]
-        (reply,) = await self._run([self._scripts.release.command([shard.meta], arguments)])
-        if reply is AWAY:
-            return AWAY
+        arguments: list[Any] = [self._channel, key, nonce, math.ceil(pause_s * 1e3)]
+        reply = await self._run_one(self._scripts.release.command([shard.meta], arguments))
+        if isinstance(reply, Away):
+            return reply
         self._saw_version(shard, reply[0])
         return await self._entry(reply[3]) if reply[3] else None
 
@@ -358,6 +358,10 @@ class RedisStore:
             return []
         replies: list[Any] = await self._redis.run(commands, repeatable=repeatable)
         return [self._away(reply) if isinstance(reply, Exception) else reply for reply in replies]
+
+    async def _run_one(self, command: Command) -> Any:
+        (reply,) = await self._run([command])
+        return reply
 
     def _away(self, error: Exception) -> Away:
         """A server that is loading, full or read-only is as good as away; each is said once."""
@@ -424,10 +428,10 @@ class RedisStore:
     async def _remove_prefix(self, shard: Shard, prefix: str) -> SharedRemoved | Away:
         version, after, removed = b"", b"", 0
         while True:
-            arguments = [self._channel, prefix, version, after, _KEYS_AT_ONCE]
-            (reply,) = await self._run([self._scripts.prefix.command([shard.meta], arguments)])
-            if reply is AWAY:
-                return AWAY
+            arguments: list[Any] = [self._channel, prefix, version, after, _KEYS_AT_ONCE]
+            reply = await self._run_one(self._scripts.prefix.command([shard.meta], arguments))
+            if isinstance(reply, Away):
+                return reply
             space_version, version, count, after = reply
             self._saw_version(shard, space_version)
             removed += count
@@ -437,10 +441,17 @@ class RedisStore:
     async def _remove_tag(self, shard: Shard, tag: str) -> SharedRemoved | Away:
         version, cursor, removed = b"", b"0", 0
         while True:
-            arguments = [self._channel, tag, version, cursor, _KEYS_AT_ONCE, self._max_claim_ms]
-            (reply,) = await self._run([self._scripts.tags.command([shard.meta], arguments)])
-            if reply is AWAY:
-                return AWAY
+            arguments: list[Any] = [
+                self._channel,
+                tag,
+                version,
+                cursor,
+                _KEYS_AT_ONCE,
+                self._max_claim_ms,
+            ]
+            reply = await self._run_one(self._scripts.tags.command([shard.meta], arguments))
+            if isinstance(reply, Away):
+                return reply
             space_version, version, count, cursor = reply
             self._saw_version(shard, space_version)
             removed += count
@@ -454,10 +465,10 @@ class RedisStore:
         task.add_done_callback(self._reclaiming.discard)
 
     async def _reclaim_all(self, shard: Shard, version: str) -> None:
-        arguments = [self._channel, version, _KEYS_AT_ONCE]
+        arguments: list[Any] = [self._channel, version, _KEYS_AT_ONCE]
         while True:
-            (reply,) = await self._run([self._scripts.reclaim.command([shard.meta], arguments)])
-            if reply is AWAY or not reply:
+            reply = await self._run_one(self._scripts.reclaim.command([shard.meta], arguments))
+            if isinstance(reply, Away) or not reply:
                 return
 
 
