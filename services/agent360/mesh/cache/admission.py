@@ -160,6 +160,21 @@ class TinyLfu:
         self._settle(outcome)
         return outcome
 
+    def wants_copy(self, key_hash: int, size_bytes: int) -> bool:
+        """Whether to take an entry that can be had again from elsewhere.
+
+        It is where there is room, or where the key was used before of late: what comes once pushes
+        nothing out. A key that is turned down is remembered as used.
+        """
+        bounds = self.bounds
+        if self._held < bounds.entries and self.size_bytes + size_bytes <= bounds.size_bytes:
+            return True
+        if self._sketch.estimate(key_hash):
+            return True
+        self._sketch.record(key_hash, 1)
+        self._count(1)
+        return False
+
     def resized(self, entry: Entry, old_size_bytes: int) -> Outcome:
         """Notes that a held entry was rewritten with another size."""
         segment = entry.segment

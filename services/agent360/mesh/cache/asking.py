@@ -115,7 +115,7 @@ class Asking:
         """Asks who may fill, together with whatever else is asked in this turn of the loop."""
         if claim.asking:
             return
-        claim.asking, claim.released = True, False
+        claim.asking, claim.released, claim.doubted = True, False, False
         if not self._waiting:
             asyncio.get_running_loop().call_soon(self._send)
         self._waiting.append(claim)
@@ -166,12 +166,9 @@ class Asking:
     def orphaned(self, claim: Claim) -> None:
         """The filler is out of time or has left: the store is told, so that others may fill."""
         sealed = open_token(claim.token) if claim.token else None
-        if sealed is not None and self._shared.available:
+        if sealed is not None:
             self._replica.spawn(self._give_back(claim.space, claim.key, sealed.nonce))
-        if self._shared.available:
-            self.lost(claim)
-        else:
-            self._claims.pass_on(claim)
+        self.lost(claim)
 
     # ---------------------------------------------------------------- asking
 
@@ -209,7 +206,7 @@ class Asking:
         entry = answer.entry
         believed = entry is not None and self._replica.believes(claim.space, claim.key, entry)
         if not answer.granted and not answer.remaining_s:
-            if entry is None or entry.version < claim.floor:
+            if entry is None or entry.version < claim.floor or claim.doubted:
                 self.ask(claim)
             elif not believed:
                 self._decide_alone(claim, degraded=False)
@@ -222,7 +219,7 @@ class Asking:
             self.ask(claim)
             return
         held = None
-        if believed and entry is not None:
+        if believed and entry is not None and not claim.doubted:
             held = self._replica.hold(claim.space, claim.key, entry)
         if answer.granted:
             self._grant(claim, ask, held)
@@ -245,7 +242,8 @@ class Asking:
         grant = self._claims.grant(claim, ask.timeout_s, token)
         stale = self._stale(claim, held)
         fresh = self._to_refresh(claim)
-        self._claims.give(claim, grant, fresh or (stale if waiter.allow_stale else None))
+        entry = fresh or (stale if waiter.allow_stale else None)
+        self._claims.give(claim, Claimed(entry, grant))
         self._answer_with_what_is_there(claim, fresh, stale)
 
     def _wait_for_another(self, claim: Claim, answer: SharedClaim, held: Entry | None) -> None:
@@ -272,7 +270,8 @@ class Asking:
             self._claims.end(claim)
         else:
             stale = self._stale(claim, None) if waiter.allow_stale else None
-            self._claims.give(claim, self._claims.grant(claim, waiter.timeout_s), stale)
+            grant = self._claims.grant(claim, waiter.timeout_s)
+            self._claims.give(claim, Claimed(stale, grant, degraded=degraded))
 
     def _answer_with_what_is_there(
         self, claim: Claim, fresh: Entry | None, stale: Entry | None

@@ -54,7 +54,7 @@ class Claim:
     """
 
     __slots__ = (
-        "asking", "began", "decided_at", "eager", "floor", "key", "released", "space", "stand_in",
+        "asking", "began", "decided_at", "doubted", "eager", "floor", "key", "released", "space", "stand_in",
         "timeout_s", "timer", "token", "uncounted", "void_tags", "waiters",
     )  # fmt: skip
 
@@ -81,6 +81,8 @@ class Claim:
         """The version of the last change of the key that was heard of."""
         self.released = False
         """Whether the holder was heard to have given up while the store was being asked."""
+        self.doubted = False
+        """Whether something was heard, or may have gone unheard, that may concern the entry."""
         self.uncounted = 0
         """Lookups of those who wait for the store's first answer: hits or misses, it will show."""
 
@@ -212,7 +214,7 @@ class Claims:
         if waiter is None:
             self.end(claim)
         else:
-            self.give(claim, self.grant(claim, waiter.timeout_s))
+            self.give(claim, Claimed(None, self.grant(claim, waiter.timeout_s)))
 
     def first_waiter(self, claim: Claim) -> Waiter | None:
         """Who waits longest; None if nobody waits."""
@@ -229,10 +231,10 @@ class Claims:
                 future.set_result(result)
         claim.waiters.clear()
 
-    def give(self, claim: Claim, grant: Grant, entry: Entry | None = None) -> None:
+    def give(self, claim: Claim, result: Claimed) -> None:
         """Hands a grant to who waits longest; there must be somebody."""
         future, _ = claim.waiters.popitem(last=False)
-        future.set_result(Claimed(entry, grant))
+        future.set_result(result)
 
     def hand_back(self, result: Claimed) -> None:
         """A caller left in the moment in which it got the claim: the next one gets it."""

@@ -262,9 +262,10 @@ class CacheService:
 
     def standing_in(self, space: Space, key: str, now: float) -> Entry | None:
         """The entry that may stand in by the namespace's policy; nothing is counted."""
-        if space.policy.fail_safe_s <= 0:
+        entry = self._store.peek(space, key, now) if space.policy.fail_safe_s > 0 else None
+        if entry is None or now >= entry.fresh_until + space.policy.fail_safe_s:
             return None
-        return self._store.peek(space, key, now)
+        return entry
 
     # ---------------------------------------------------------------- invalidation
 
@@ -369,6 +370,7 @@ class CacheService:
 
     def keys_by_use(self, space: Space, limit: int) -> Sequence[Entry]:
         """The entries of a namespace that are read most, the hottest first."""
+        self._store.settle_reads()
         now = self._clock.now()
         live = (entry for entry in space.entries.values() if now < entry.fresh_until)
         return sorted(live, key=lambda entry: entry.reads, reverse=True)[:limit]
@@ -586,7 +588,7 @@ class CacheService:
 def unheld(space: Space, key: str, payload: Payload, fresh_until: float, version: int) -> Entry:
     """An entry that is handed out and not kept."""
     entry = Entry(space, key, 0)
-    entry.write(payload, fresh_until, version)
+    entry.write(payload, fresh_until, version, 0)
     return entry
 
 

@@ -34,8 +34,8 @@ from agent360.mesh.cache.sharing import AWAY, Away, SharedEntry, SharedStore, Sh
 
 T = TypeVar("T")
 
-_READS: Final = 4
-"""How often a key is read again because it was changed meanwhile."""
+_READING_S: Final = 1.0
+"""How long a key is read again and again because it was changed meanwhile."""
 _REPAY_AGAIN_S: Final = 0.1
 _MISS: Final = Claimed(None)
 _DEGRADED_MISS: Final = Claimed(None, degraded=True)
@@ -144,8 +144,8 @@ class SharedCacheService(CacheService):
             await asyncio.shield(self.spawn(self._read(fresh)))
         results: list[Claimed | MeshError] = []
         for flight, (space, key, allow_stale) in zip(flights, wanted, strict=True):
-            found = flight.found if flight.done else await flight.landed()
-            results.append(self._found(space, key, found, allow_stale))
+            await flight.landed()
+            results.append(self._answer(flight, space, key, allow_stale))
         return results
 
     async def copies(self, space: Space) -> AsyncIterator[Sequence[tuple[str, Payload]]]:
@@ -167,13 +167,9 @@ class SharedCacheService(CacheService):
         """See ``CacheService.bring_back``: copies of what the shared store still has."""
         flights = [self._flights.begin(space, key, read=True) for key in keys]
         await asyncio.shield(self.spawn(self._read(flights)))
-        now, brought = self._clock.now(), 0
-        for flight in flights:
-            found = flight.found
-            if isinstance(found, SharedEntry) and self.believes(space, flight.key, found):
-                entry = self.hold(space, flight.key, found)
-                brought += entry.segment is not None and now < entry.fresh_until
-        return brought
+        now = self._clock.now()
+        held = [flight.entry for flight in flights if flight.entry is not None]
+        return sum(entry.segment is not None and now < entry.fresh_until for entry in held)
 
     # ---------------------------------------------------------------- writing
 
@@ -294,10 +290,11 @@ class SharedCacheService(CacheService):
                 self._drop(entries, version)
             else:
                 self._drop(self._store.tagged(space, names), version)
-            if scope != "tags":
-                for claim in self._claims.of_space(space):
-                    if concerned(claim.key):
-                        self._asking.heard(claim, version)
+            for claim in self._claims.of_space(space):
+                if scope == "tags":
+                    claim.doubted = True
+                elif concerned(claim.key):
+                    self._asking.heard(claim, version)
         journal = self._journals.watched(tenant)
         if journal is not None:
             journal.add(Change(namespace, scope, tuple(names), version))
@@ -316,6 +313,7 @@ class SharedCacheService(CacheService):
             self._flights.doubt(space, lambda _: True)
             self._store.drop_generation(space)
             for claim in self._claims.of_space(space):
+                claim.doubted = True
                 self._asking.released(claim)
         journal = self._journals.watched(tenant)
         if journal is not None:
@@ -342,6 +340,7 @@ class SharedCacheService(CacheService):
                 self._settled_at = self._clock.now() + self._settle_s
         self._heard_before, self._was_away = True, not self._shared.available
         for claim in self._claims.all():
+            claim.doubted = True
             self._asking.restart(claim)
         self._choose_reader()
 
@@ -361,7 +360,8 @@ class SharedCacheService(CacheService):
         there = self._store.peek(space, key, now)
         if there is not None and there.version >= version:
             return there
-        if size_of(key, payload) > self._limits.max_entry_bytes:
+        largest = self._limits.max_entry_bytes
+        if len(payload.value) > largest // 2 and size_of(key, payload) > largest:
             if there is not None:
                 self._store.remove(there)
             return unheld(space, key, payload, fresh_until, version)
@@ -392,10 +392,13 @@ class SharedCacheService(CacheService):
         self.find = self._store.find if trusted else _find_nothing
 
     async def _read(self, flights: Sequence[Flight]) -> None:
-        """Reads keys until nothing that was heard meanwhile outdates the answers."""
-        left = list(flights)
+        """Reads keys until nothing that was heard meanwhile outdates the answers.
+
+        Copies are kept in the same step in which a flight ends: between the two nothing is heard.
+        """
+        left, until = list(flights), self._clock.now() + _READING_S
         try:
-            for _ in range(_READS):
+            while left and self._clock.now() < until:
                 for flight in left:
                     flight.again, flight.floor = False, 0
                 found = await self._shared.read([(each.space, each.key) for each in left])
@@ -405,30 +408,35 @@ class SharedCacheService(CacheService):
                     if each is not AWAY and flight.outdates(version):
                         outdated.append(flight)
                     else:
-                        flight.land(each)
+                        self._flights.end(flight)
+                        flight.land(each, self._taken(flight.space, flight.key, each))
                 left = outdated
-                if not left:
-                    return
         finally:
-            for flight in flights:
-                self._flights.end(flight)
+            for flight in left:
                 if not flight.done:
+                    self._flights.end(flight)
                     flight.land(AWAY)
 
-    def _found(
-        self, space: Space, key: str, found: SharedEntry | Away | None, allow_stale: bool
-    ) -> Claimed | MeshError:
-        """Answers a lookup with what the shared store has."""
-        if found is AWAY:
-            return self.answer_alone(space, key, allow_stale=allow_stale)
-        now, counts = self._clock.now(), space.counts
-        if found is None or not self.believes(space, key, found):
-            there = self._store.peek(space, key, now)
-            if there is not None and found is None and not self._owed.covers(space, key):
+    def _taken(self, space: Space, key: str, found: SharedEntry | Away | None) -> Entry | None:
+        """What is served of an answer of the shared store; a copy is kept if it is worth that."""
+        if isinstance(found, SharedEntry):
+            return self._copy(space, key, found) if self.believes(space, key, found) else None
+        if found is None:
+            there = space.entries.get(key)
+            if there is not None and not self._owed.covers(space, key):
                 self._store.remove(there)
+        return None
+
+    def _answer(
+        self, flight: Flight, space: Space, key: str, allow_stale: bool
+    ) -> Claimed | MeshError:
+        """Answers a lookup with what a read has found."""
+        if flight.found is AWAY:
+            return self.answer_alone(space, key, allow_stale=allow_stale)
+        now, counts, entry = self._clock.now(), space.counts, flight.entry
+        if entry is None:
             self.note_miss(space, key, now)
             return _MISS
-        entry = self.hold(space, key, found)
         if now < entry.fresh_until:
             counts.shared_hits += 1
             return Claimed(entry)
@@ -443,6 +451,12 @@ class SharedCacheService(CacheService):
         if found.version < self._believed_from and self._clock.now() < self._settled_at:
             return False
         return not (self._owed and self._owed.covers(space, key))
+
+    def _copy(self, space: Space, key: str, found: SharedEntry) -> Entry:
+        """An entry that was read, of which a copy is kept if it is worth its room."""
+        if key in space.entries or self._store.wants_copy(space, key, found.payload):
+            return self.hold(space, key, found)
+        return unheld(space, key, found.payload, found.fresh_until, found.version)
 
     def _outdate(self, space: Space, key: str, version: int) -> None:
         """The key has a newer version: older copies go, older answers under way do not count."""
@@ -569,7 +583,10 @@ class SharedCacheService(CacheService):
         return answer.entries, True
 
     async def _move_shared(self, space: Space, warm: Sequence[tuple[str, Payload]]) -> Invalidated:
+        flights = [self._flights.begin(space, key, read=False) for key, _ in warm]
         answer = await self._shared.move(space, warm)
+        for flight in flights:
+            self._flights.end(flight)
         self._record(space, "all", 0)
         if answer is AWAY:
             self._move(space)
@@ -578,8 +595,8 @@ class SharedCacheService(CacheService):
             return Invalidated(0, self._shared.version_of(space), shared=False, warmed=warmed)
         space.counts.invalidations += self._store.drop_generation(space)
         space.counts.sets += len(warm)
-        for (key, payload), each in zip(warm, answer, strict=True):
-            self.hold(space, key, SharedEntry(payload, each.version, each.fresh_until))
+        for flight, (_, payload), each in zip(flights, warm, answer, strict=True):
+            self._settle_here(flight, SharedEntry(payload, each.version, each.fresh_until))
         return Invalidated(0, self._shared.version_of(space), shared=True, warmed=len(warm))
 
     async def _warm(self, space: Space, warm: Sequence[tuple[str, Payload]]) -> int:
@@ -594,14 +611,6 @@ class SharedCacheService(CacheService):
     def _first_claim(
         self, space: Space, key: str, fill_timeout_s: float, entry: Entry | None, now: float
     ) -> Claimed | Claim:
-        if not self._shared.available:
-            if entry is None:
-                space.counts.degraded += 1
-                if space.policy.error_when_away:
-                    self.note_miss(space, key, now)
-                    raise store_away()
-            claimed = super()._first_claim(space, key, fill_timeout_s, entry, now)
-            return claimed._replace(degraded=True) if isinstance(claimed, Claimed) else claimed
         claim = self._claims.begin(space, key)
         claim.timeout_s = fill_timeout_s
         claim.eager = entry is not None and now < entry.fresh_until
@@ -674,10 +683,12 @@ class SharedCacheService(CacheService):
         pause_s = policy.fail_safe_pause_s if policy.fail_safe_s > 0 else 0.0
         space.counts.fill_failures += 1
         claim = self._claims.redeem(token, space.tenant)
+        flight = self._flights.begin(space, key, read=False)
         with self._asking.deciding(claim):
             answer = await self._shared.release(space, key, nonce_of(token), pause_s)
+        self._flights.end(flight)
         if isinstance(answer, SharedEntry) and self.believes(space, key, answer):
-            entry = self.hold(space, key, answer)
+            entry = self._settle_here(flight, answer)
             if claim is not None:
                 self._claims.fail(claim, entry, pause_s)
             return Claimed(entry, fail_safe=True)

@@ -166,9 +166,14 @@ class RedisStore:
             if shard.version is not None and shard.version != version:
                 again.setdefault(shard, []).extend(part)
                 continue
+            behind_s = self._behind_s()
             for place, data in zip(part, reply[1:], strict=True):
-                missing = data is None or shard.version is None
-                found[place] = None if missing else await self._entry(data)
+                if data is None or shard.version is None:
+                    found[place] = None
+                elif self._codec.is_heavy(data):
+                    found[place] = await asyncio.to_thread(self._decoded, data, behind_s)
+                else:
+                    found[place] = self._decoded(data, behind_s)
         return again
 
     async def keys(self, space: Space) -> AsyncIterator[Sequence[str]]:
@@ -318,7 +323,8 @@ class RedisStore:
     ) -> SharedEntry | Away | None:
         """See ``SharedStore.release``."""
         shard = self._shards.of_key(space.tenant, space.name, key)
-        arguments: list[Any] = [self._channel, key, nonce, math.ceil(pause_s * 1e3)]
+        fail_safe_us = round(space.policy.fail_safe_s * 1e6)
+        arguments = [self._channel, key, nonce, math.ceil(pause_s * 1e3), fail_safe_us]
         reply = await self._run_one(self._scripts.release.command([shard.meta], arguments))
         if isinstance(reply, Away):
             return reply
@@ -388,15 +394,21 @@ class RedisStore:
             self._backplane.saw_version(shard, None if version is None else version.decode())
 
     async def _entry(self, data: bytes) -> SharedEntry | None:
+        if self._codec.is_heavy(data):
+            return await asyncio.to_thread(self._decoded, data, self._behind_s())
+        return self._decoded(data, self._behind_s())
+
+    def _decoded(self, data: bytes, behind_s: float) -> SharedEntry | None:
         try:
-            decoded = await self._codec.decode(data)
+            payload, version, ends_us = self._codec.decode(data)
         except ValueError as error:
             self._log.error("an entry of the shared store cannot be read", error=str(error))
             return None
-        return SharedEntry(decoded.payload, decoded.version, self._on_our_clock(decoded.ends_us))
+        return SharedEntry(payload, version, ends_us / 1e6 - behind_s)
 
-    def _on_our_clock(self, server_us: int) -> float:
-        return self._clock.now() + (server_us - self._redis.now_us()) / 1e6
+    def _behind_s(self) -> float:
+        """How far this replica's clock is behind the servers'; never less than it is."""
+        return self._redis.now_us() / 1e6 - self._clock.now()
 
     async def _written(
         self, space: Space, key: str, payload: Payload, condition: Condition, if_version: int
@@ -408,7 +420,7 @@ class RedisStore:
         self, stored: int, version: bytes, now: bytes, payload: Payload
     ) -> SharedWritten:
         ends_us = int(now) + round(payload.ttl_s * 1e6)
-        return SharedWritten(bool(stored), int(version), self._on_our_clock(ends_us))
+        return SharedWritten(bool(stored), int(version), ends_us / 1e6 - self._behind_s())
 
     async def _remove_everywhere(
         self,

@@ -9,9 +9,15 @@ local first = not upto
 if first then
   upto = math.max(previous, now - 1) + 1
   save_version(upto)
-  -- What open claims will be filled with may carry the tag, and would be older than this.
-  redis.call('HSET', base .. ':x', tag, text(upto))
-  keep_at_least(base .. ':x', tonumber(ARGV[6]))
+  if redis.call('EXISTS', base .. ':c') == 1 then
+    -- What open claims will be filled with may carry the tag, and would be older than this.
+    redis.call('HSET', base .. ':x', tag, text(upto))
+    keep_at_least(base .. ':x', tonumber(ARGV[6]))
+    for _, other in ipairs(redis.call('HRANDFIELD', base .. ':x', 2)) do
+      local void = tonumber(redis.call('HGET', base .. ':x', other))
+      if void < now - tonumber(ARGV[6]) * 1000 then redis.call('HDEL', base .. ':x', other) end
+    end
+  end
 end
 local members = base .. ':t:' .. tag .. ':v' .. space
 local scanned = redis.call('SSCAN', members, cursor, 'COUNT', limit)
