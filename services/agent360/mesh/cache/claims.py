@@ -54,8 +54,8 @@ class Claim:
     """
 
     __slots__ = (
-        "asking", "began", "decided_at", "doubted", "eager", "floor", "key", "released", "space", "stand_in",
-        "timeout_s", "timer", "token", "uncounted", "void_tags", "waiters",
+        "asking", "began", "decided_at", "doubted", "eager", "floor", "key", "released", "space",
+        "stand_in", "timeout_s", "timer", "token", "uncounted", "void_tags", "waiters",
     )  # fmt: skip
 
     def __init__(self, space: Space, key: str) -> None:

@@ -61,9 +61,11 @@ class Backplane:
         shard = None if message is None else self._shards.at(message.base)
         if message is None or shard is None:
             return
-        if shard.last not in {0, message.previous}:
+        if message.previous < message.latest <= shard.last:
+            return  # it was heard from another server of the cluster before
+        if shard.last and shard.last < message.previous:
             self._listener.missed(shard.tenant, shard.namespace)
-        shard.last = message.latest
+        shard.last = max(shard.last, message.latest)
         self._tell(shard, message)
 
     def _tell(self, shard: Shard, message: Message) -> None:
