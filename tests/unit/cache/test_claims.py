@@ -6,9 +6,9 @@ import pytest
 from support.cache_domain import Cache, at_once
 
 from agent360.client.errors import InvalidRequestError, MeshError
-from agent360.mesh.cache.claims import Claim
+from agent360.mesh.cache.changes import Stored
+from agent360.mesh.cache.claims import Claim, Claimed
 from agent360.mesh.cache.entry import Payload
-from agent360.mesh.cache.service import Claimed, Stored
 
 
 def claim(cache: Cache, key: str = "k", *, stale: bool = False, timeout_s: float = 10.0):

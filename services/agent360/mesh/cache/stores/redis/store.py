@@ -324,7 +324,8 @@ class RedisStore:
         """See ``SharedStore.release``."""
         shard = self._shards.of_key(space.tenant, space.name, key)
         fail_safe_us = round(space.policy.fail_safe_s * 1e6)
-        arguments = [self._channel, key, nonce, math.ceil(pause_s * 1e3), fail_safe_us]
+        pause_ms = math.ceil(pause_s * 1e3)
+        arguments: list[Any] = [self._channel, key, nonce, pause_ms, fail_safe_us]
         reply = await self._run_one(self._scripts.release.command([shard.meta], arguments))
         if isinstance(reply, Away):
             return reply
