@@ -215,6 +215,9 @@ class Asking:
             return
         claim.decided_at = answer.decided_at
         self._count_misses(claim)
+        if answer.granted and claim.floor > answer.decided_at:
+            self._replica.spawn(self._ask_anew(claim, ask.nonce))
+            return
         if claim.floor > answer.decided_at or (claim.released and not answer.granted):
             self.ask(claim)
             return
@@ -301,6 +304,13 @@ class Asking:
         for _ in range(claim.uncounted):
             self._replica.note_miss(claim.space, claim.key, now)
         claim.uncounted = 0
+
+    async def _ask_anew(self, claim: Claim, nonce: str) -> None:
+        """What was granted was taken away again by a change: it is given back and asked for."""
+        with self.deciding(claim):
+            await self._give_back(claim.space, claim.key, nonce)
+        if self._claims.find(claim.space, claim.key) is claim:
+            self.lost(claim)
 
     async def _give_back(self, space: Space, key: str, nonce: str) -> None:
         await self._shared.release(space, key, nonce, 0.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from agent360.client.errors import InvalidRequestError, MeshError, Violation
@@ -123,7 +123,13 @@ class SharedCacheService(SharedWrites):
                 journal.add(Change(namespace, "keys", (key,), version - 1))
 
     def invalidated(
-        self, tenant: str, namespace: str, scope: Scope, names: Sequence[str], version: int
+        self,
+        tenant: str,
+        namespace: str,
+        scope: Scope,
+        names: Sequence[str],
+        version: int,
+        within: Callable[[str], bool],
     ) -> None:
         """See ``Listener.invalidated``."""
         space = self._store.spaces(tenant).get(namespace)
@@ -133,7 +139,7 @@ class SharedCacheService(SharedWrites):
             for claim in self._claims.of_space(space):
                 if scope == "tags":
                     claim.doubted = True
-                elif concerned(claim.key):
+                elif concerned(claim.key) and within(claim.key):
                     self._asking.heard(claim, version)
         journal = self._journals.watched(tenant)
         if journal is not None:

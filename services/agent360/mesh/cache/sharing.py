@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from enum import Enum
 from typing import Final, NamedTuple, Protocol
 
@@ -170,9 +170,19 @@ class Listener(Protocol):
         """Keys were written or removed; entries below the versions are outdated."""
 
     def invalidated(
-        self, tenant: str, namespace: str, scope: Scope, names: Sequence[str], version: int
+        self,
+        tenant: str,
+        namespace: str,
+        scope: Scope,
+        names: Sequence[str],
+        version: int,
+        within: Callable[[str], bool],
     ) -> None:
-        """Entries up to a version were removed: of a prefix, of tags, or all."""
+        """Entries up to a version were removed: of a prefix, of tags, or all.
+
+        Versions tell the order of changes within a part of the namespace: ``within`` says which
+        keys the version is for.
+        """
 
     def released(self, tenant: str, namespace: str, key: str) -> None:
         """A claim ended without a fill."""
