@@ -243,8 +243,7 @@ class Asking:
             return
         token = seal_token(ask.nonce, claim.space.name, claim.key)
         grant = self._claims.grant(claim, ask.timeout_s, token)
-        stale = self._stale(claim, held)
-        fresh = self._to_refresh(claim)
+        stale, fresh = self._stale(held), self._to_refresh(claim)
         entry = fresh or (stale if waiter.allow_stale else None)
         self._claims.give(claim, Claimed(entry, grant))
         self._answer_with_what_is_there(claim, fresh, stale)
@@ -253,7 +252,7 @@ class Asking:
         if answer.failed and held is not None:
             self._claims.fail(claim, held, answer.remaining_s)
             return
-        self._answer_with_what_is_there(claim, self._to_refresh(claim), self._stale(claim, held))
+        self._answer_with_what_is_there(claim, self._to_refresh(claim), self._stale(held))
         delay_s = answer.remaining_s + _LOOK_AFTER_S
         if not self._shared.listening:
             delay_s = min(delay_s, _DEAF_LOOK_S)
@@ -272,7 +271,8 @@ class Asking:
         elif waiter is None:
             self._claims.end(claim)
         else:
-            stale = self._stale(claim, None) if waiter.allow_stale else None
+            copy = self._replica.in_memory(claim.space, claim.key) if degraded else None
+            stale = self._stale(copy) if waiter.allow_stale else None
             grant = self._claims.grant(claim, waiter.timeout_s)
             self._claims.give(claim, Claimed(stale, grant, degraded=degraded))
 
@@ -292,9 +292,8 @@ class Asking:
         fresh = entry is not None and self._clock.now() < entry.fresh_until
         return entry if fresh else None
 
-    def _stale(self, claim: Claim, held: Entry | None) -> Entry | None:
-        """A stale entry that may be handed to who allows that."""
-        entry = held or self._replica.in_memory(claim.space, claim.key)
+    def _stale(self, entry: Entry | None) -> Entry | None:
+        """An entry, if it may be handed to who takes a stale one."""
         if entry is None or self._clock.now() >= entry.stale_until:
             return None
         return entry
