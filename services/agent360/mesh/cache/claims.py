@@ -54,8 +54,9 @@ class Claim:
     """
 
     __slots__ = (
-        "asking", "began", "decided_at", "doubted", "eager", "floor", "key", "released", "space",
-        "stand_in", "timeout_s", "timer", "token", "uncounted", "void_tags", "waiters",
+        "asking", "began", "decided_at", "doubted", "eager", "ended", "floor", "key", "released",
+        "result", "space", "stand_in", "timeout_s", "timer", "token", "uncounted", "void_tags",
+        "waiters",
     )  # fmt: skip
 
     def __init__(self, space: Space, key: str) -> None:
@@ -69,6 +70,10 @@ class Claim:
         """Tags that were invalidated since the claim: an entry with one of them is outdated."""
         self.waiters: OrderedDict[asyncio.Future[Claimed], Waiter] = OrderedDict()
         """Those who wait, in order."""
+        self.ended = False
+        """Whether it is no longer open: who comes to wait for it now is not answered any more."""
+        self.result: Claimed | None = None
+        """What those who waited got when it ended, if it was a result."""
         self.asking = False
         """Whether the shared store is deciding: who may fill, or whether a fill is still wanted."""
         self.timeout_s = 0.0
@@ -189,6 +194,7 @@ class Claims:
 
     def settle(self, claim: Claim, result: Claimed) -> None:
         """Ends a claim: all who wait get the result."""
+        claim.result = result
         self.end(claim)
         self.answer(claim, result)
 
@@ -295,6 +301,7 @@ class Claims:
 
     def end(self, claim: Claim) -> None:
         """Ends a claim that nobody waits for."""
+        claim.ended = True
         self.revoke(claim)
         if self._by_key.get((claim.space, claim.key)) is claim:
             del self._by_key[claim.space, claim.key]

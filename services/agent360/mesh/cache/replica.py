@@ -166,7 +166,19 @@ class Replica:
     async def wait(
         self, claim: Claim, fill_timeout_s: float, *, allow_stale: bool = False
     ) -> Claimed:
-        """Waits until the key is filled, or until the claim falls to the caller."""
+        """Waits until the key is filled, or until the claim falls to the caller.
+
+        The claim may have ended since it was found: then its result counts, or it is claimed anew.
+        """
+        while claim.ended:
+            if claim.result is not None:
+                return claim.result
+            found = self._claim_anew(claim.space, claim.key, fill_timeout_s)
+            if isinstance(found, Claimed):
+                return found
+            claim = found
+        if claim.stand_in is not None:
+            return Claimed(claim.stand_in, fail_safe=True)
         return await self._claims.wait(claim, fill_timeout_s, allow_stale=allow_stale)
 
     def hand_back(self, claimed: Claimed) -> None:
@@ -292,6 +304,17 @@ class Replica:
         if entry is None:
             self.note_miss(space, key, now)
         return Claimed(entry, self._claims.open(space, key, fill_timeout_s))
+
+    def _claim_anew(self, space: Space, key: str, fill_timeout_s: float) -> Claimed | Claim:
+        """Claims a key for a caller whose lookup was counted before."""
+        claim = self._claims.find(space, key)
+        if claim is not None:
+            return claim
+        now = self._clock.now()
+        entry = self._store.peek(space, key, now)
+        if entry is not None and now < entry.fresh_until:
+            return Claimed(entry)
+        return Claimed(None, self._claims.open(space, key, fill_timeout_s))
 
     def _note_wait(self, claim: Claim, now: float) -> None:
         """Counts the lookup of a caller that waits for another's fill."""

@@ -211,6 +211,14 @@ class SharedCacheService(SharedWrites):
         self._asking.ask(claim)
         return claim
 
+    def _claim_anew(self, space: Space, key: str, fill_timeout_s: float) -> Claimed | Claim:
+        claim = self._claims.find(space, key)
+        if claim is None:
+            claim = self._claims.begin(space, key)
+            claim.timeout_s = fill_timeout_s
+            self._asking.ask(claim)
+        return claim
+
     def _note_wait(self, claim: Claim, now: float) -> None:
         if claim.decided_at:
             self.note_miss(claim.space, claim.key, now)
