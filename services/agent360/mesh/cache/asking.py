@@ -181,9 +181,11 @@ class Asking:
         answers = await self._shared.claim(asks)
         for claim, ask, answer in zip(claims, asks, answers, strict=True):
             claim.asking = False
-            if self._claims.find(claim.space, claim.key) is claim:
+            if not claim.ended:
                 self._decide(claim, ask, answer)
-            elif isinstance(answer, SharedClaim) and answer.granted:
+                continue
+            self._count_misses(claim)
+            if isinstance(answer, SharedClaim) and answer.granted:
                 self._replica.spawn(self._give_back(claim.space, claim.key, ask.nonce))
 
     def _asked(self, claim: Claim) -> SharedAsk:
@@ -213,7 +215,7 @@ class Asking:
             else:
                 self._settle_fresh(claim, entry)
             return
-        claim.decided_at = answer.decided_at
+        claim.decided, claim.decided_at = True, answer.decided_at
         self._count_misses(claim)
         if answer.granted and claim.floor > answer.decided_at:
             self._replica.spawn(self._ask_anew(claim, ask.nonce))
@@ -308,7 +310,7 @@ class Asking:
         """What was granted was taken away again by a change: it is given back and asked for."""
         with self.deciding(claim):
             await self._give_back(claim.space, claim.key, nonce)
-        if self._claims.find(claim.space, claim.key) is claim:
+        if not claim.ended:
             self.lost(claim)
 
     async def _give_back(self, space: Space, key: str, nonce: str) -> None:

@@ -54,9 +54,9 @@ class Claim:
     """
 
     __slots__ = (
-        "asking", "began", "decided_at", "doubted", "eager", "ended", "floor", "key", "released",
-        "result", "space", "stand_in", "timeout_s", "timer", "token", "uncounted", "void_tags",
-        "waiters",
+        "asking", "began", "decided", "decided_at", "doubted", "eager", "ended", "floor", "key",
+        "released", "result", "space", "stand_in", "timeout_s", "timer", "token", "uncounted",
+        "void_tags", "waiters",
     )  # fmt: skip
 
     def __init__(self, space: Space, key: str) -> None:
@@ -80,6 +80,8 @@ class Claim:
         """How long the fill of the caller that began it may take."""
         self.eager = False
         """Whether it is to refresh an entry that is still fresh."""
+        self.decided = False
+        """Whether the shared store has decided before."""
         self.decided_at = 0
         """The last version that had been given when the shared store decided."""
         self.floor = 0

@@ -148,7 +148,7 @@ class SharedReads(CacheService):
         """Whether an entry of the shared store may be served, outages and debts considered."""
         if found.version < self._believed_from and self._clock.now() < self._settled_at:
             return False
-        return not (self._owed and self._owed.covers(space, key))
+        return not (self._owed and self._owed.covers(space, key, found.version))
 
     def answer_alone(self, space: Space, key: str, *, allow_stale: bool) -> Claimed | MeshError:
         """Answers a lookup from memory while the shared store is away."""
@@ -202,7 +202,7 @@ class SharedReads(CacheService):
             return self._copy(space, key, found) if self.believes(space, key, found) else None
         if found is None:
             there = space.entries.get(key)
-            if there is not None and not self._owed.covers(space, key):
+            if there is not None and not self._owed.owes(space, key):
                 self._store.remove(there)
         return None
 

@@ -169,6 +169,8 @@ class SharedCacheService(SharedWrites):
         """See ``Listener.reaches``."""
         if available:
             self._log.info("the shared store is back")
+            self._forget_copies()
+            self._settle()
         else:
             self._was_away = True
             self._log.warning("the shared store is away; memory serves alone")
@@ -178,12 +180,9 @@ class SharedCacheService(SharedWrites):
     def hears(self) -> None:
         """See ``Listener.hears``."""
         if self._heard_before:
-            self._flights.doubt(None, lambda _: True)
-            for space in self._store.all_spaces():
-                self._store.drop_generation(space)
+            self._forget_copies()
             if self._was_away:
-                self._believed_from = self._shared.newest_version
-                self._settled_at = self._clock.now() + self._settle_s
+                self._settle()
         self._heard_before, self._was_away = True, not self._shared.available
         for claim in self._claims.all():
             claim.doubted = True
@@ -197,6 +196,17 @@ class SharedCacheService(SharedWrites):
         self._choose_reader()
 
     # ---------------------------------------------------------------- within
+
+    def _forget_copies(self) -> None:
+        """Drops all copies: changes of their entries may have gone unheard."""
+        self._flights.doubt(None, lambda _: True)
+        for space in self._store.all_spaces():
+            self._store.drop_generation(space)
+
+    def _settle(self) -> None:
+        """For a while nothing from before is believed: others may owe changes."""
+        self._believed_from = self._shared.newest_version
+        self._settled_at = self._clock.now() + self._settle_s
 
     def _changed(self, change: Change, space: Space) -> None:
         """Watches learn of changes from the shared store, in the order that it gives them."""
@@ -220,7 +230,7 @@ class SharedCacheService(SharedWrites):
         return claim
 
     def _note_wait(self, claim: Claim, now: float) -> None:
-        if claim.decided_at:
+        if claim.decided:
             self.note_miss(claim.space, claim.key, now)
         else:
             claim.uncounted += 1
@@ -250,7 +260,6 @@ class SharedCacheService(SharedWrites):
             space.counts.fills += 1
         space.counts.sets += 1
         if keep:
-            self._owed.written(space, key)
             found = SharedEntry(payload, answer.version, answer.fresh_until)
             entry = self._settle_here(flight, found)
         else:

@@ -11,10 +11,11 @@ from agent360.mesh.cache.changes import Condition, Removed, Scope, Stored
 from agent360.mesh.cache.claims import Claimed
 from agent360.mesh.cache.entry import Entry, Payload, Space
 from agent360.mesh.cache.flights import Flight
+from agent360.mesh.cache.owed import Debt
 from agent360.mesh.cache.replica import Write, count_stored, unheld
 from agent360.mesh.cache.service import Invalidated
 from agent360.mesh.cache.shared_reads import SharedReads
-from agent360.mesh.cache.sharing import AWAY, SharedEntry, SharedWrite
+from agent360.mesh.cache.sharing import AWAY, Away, SharedEntry, SharedRemoved, SharedWrite
 
 _REPAY_AGAIN_S: Final = 0.1
 
@@ -83,7 +84,7 @@ class SharedWrites(SharedReads):
             while self._owed:
                 if self._shared.available:
                     for debt in list(self._owed.debts()):
-                        if not await self._pay(debt.space, debt.scope, debt.names):
+                        if not await self._pay(debt):
                             break
                         self._owed.paid(debt)
                 if self._owed:
@@ -104,7 +105,6 @@ class SharedWrites(SharedReads):
                 results.append(Stored(False, answer.version))
                 continue
             space.counts.sets += 1
-            self._owed.written(space, key)
             found = SharedEntry(payload, answer.version, answer.fresh_until)
             entry = self._settle_here(flight, found)
             self._answer_waiters(space, key, entry)
@@ -144,7 +144,6 @@ class SharedWrites(SharedReads):
                 self._owe(space, "keys", (key,))
                 results.append(Removed(removed, shared=False))
                 continue
-            self._owed.written(space, key)
             self._outdate(space, key, answer.version)
             space.counts.invalidations += answer.entries
             results.append(Removed(answer.entries))
@@ -210,22 +209,25 @@ class SharedWrites(SharedReads):
         return count_stored(await self.write_all(writes, self._clock.now()))
 
     def _owe(self, space: Space, scope: Scope, names: Sequence[str]) -> None:
-        self._owed.add(space, scope, names)
+        self._owed.add(space, scope, names, self._shared.newest_version)
         self._owing.set()
 
-    async def _pay(self, space: Space, scope: Scope, names: Sequence[str]) -> bool:
-        answer: Any
-        match scope:
-            case "keys":
-                answers = await self._shared.delete([(space, key) for key in names])
-                return all(each is not AWAY for each in answers)
-            case "prefix":
-                answer = await self._shared.remove_prefix(space, names[0])
-            case "tags":
-                answer = await self._shared.remove_tags(space, names)
-            case "all":
-                answer = await self._shared.move(space, ())
-        return answer is not AWAY
+    async def _pay(self, debt: Debt) -> bool:
+        """Removes what is owed, and nothing that was written later; returns whether it is done."""
+        space, shared = debt.space, self._shared
+        answers: Sequence[SharedRemoved | Away]
+        if debt.scope == "keys":
+            answers = await shared.delete([(space, key) for key in debt.names], debt.names.values())
+        elif debt.scope == "tags":
+            answers = [
+                await shared.remove_tags(space, (tag,), upto) for tag, upto in debt.names.items()
+            ]
+        else:
+            answers = [
+                await shared.remove_prefix(space, prefix, upto)
+                for prefix, upto in debt.names.items()
+            ]
+        return all(answer is not AWAY for answer in answers)
 
     def _answer_waiters(self, space: Space, key: str, entry: Entry) -> None:
         """The key was written: who waits for its fill gets that."""

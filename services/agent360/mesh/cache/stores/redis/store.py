@@ -8,6 +8,7 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Collection,
     Iterable,
     Iterator,
     Mapping,
@@ -217,15 +218,20 @@ class RedisStore:
                 results[index] = self._written_at(stored, version, reply[2], payload)
         return results
 
-    async def delete(self, wanted: Sequence[tuple[Space, str]]) -> Sequence[SharedRemoved | Away]:
+    async def delete(
+        self, wanted: Sequence[tuple[Space, str]], upto: Collection[int] = ()
+    ) -> Sequence[SharedRemoved | Away]:
         """See ``SharedStore.delete``."""
+        bounds: Sequence[int | str] = list(upto) or [""] * len(wanted)
         results: list[SharedRemoved | Away] = [AWAY] * len(wanted)
         by_shard = self._by_shard(wanted)
         commands, parts = [], []
         for shard, indexes in by_shard.items():
             for part in _parts(indexes, _KEYS_AT_ONCE):
-                keys = [wanted[index][1] for index in part]
-                commands.append(self._scripts.delete.command([shard.meta], [self._channel, *keys]))
+                arguments: list[Any] = [self._channel]
+                for index in part:
+                    arguments += [wanted[index][1], bounds[index]]
+                commands.append(self._scripts.delete.command([shard.meta], arguments))
                 parts.append((shard, part))
         replies = await self._run(commands)
         for (shard, part), reply in zip(parts, replies, strict=True):
@@ -265,15 +271,17 @@ class RedisStore:
                 self._reclaim(shard, version)
         return results
 
-    async def remove_prefix(self, space: Space, prefix: str) -> SharedRemoved | Away:
+    async def remove_prefix(self, space: Space, prefix: str, upto: int = 0) -> SharedRemoved | Away:
         """See ``SharedStore.remove_prefix``."""
-        return await self._remove_everywhere(space, self._remove_prefix, prefix)
+        return await self._remove_everywhere(space, self._remove_prefix, prefix, upto)
 
-    async def remove_tags(self, space: Space, tags: Sequence[str]) -> SharedRemoved | Away:
+    async def remove_tags(
+        self, space: Space, tags: Sequence[str], upto: int = 0
+    ) -> SharedRemoved | Away:
         """See ``SharedStore.remove_tags``."""
         total, newest = 0, 0
         for tag in dict.fromkeys(tags):
-            removed = await self._remove_everywhere(space, self._remove_tag, tag)
+            removed = await self._remove_everywhere(space, self._remove_tag, tag, upto)
             if removed is AWAY:
                 return AWAY
             total, newest = total + removed.entries, max(newest, removed.version)
@@ -426,11 +434,12 @@ class RedisStore:
     async def _remove_everywhere(
         self,
         space: Space,
-        remove: Callable[[Shard, str], Awaitable[SharedRemoved | Away]],
+        remove: Callable[[Shard, str, int], Awaitable[SharedRemoved | Away]],
         name: str,
+        upto: int,
     ) -> SharedRemoved | Away:
         shards = self._shards.of(space.tenant, space.name)
-        results = await asyncio.gather(*(remove(shard, name) for shard in shards))
+        results = await asyncio.gather(*(remove(shard, name, upto) for shard in shards))
         removed = [result for result in results if result is not AWAY]
         if len(removed) < len(results):
             return AWAY
@@ -438,8 +447,8 @@ class RedisStore:
             sum(each.entries for each in removed), max(each.version for each in removed)
         )
 
-    async def _remove_prefix(self, shard: Shard, prefix: str) -> SharedRemoved | Away:
-        version, after, removed = b"", b"", 0
+    async def _remove_prefix(self, shard: Shard, prefix: str, upto: int) -> SharedRemoved | Away:
+        version, after, removed = str(upto or "").encode(), b"", 0
         while True:
             arguments: list[Any] = [self._channel, prefix, version, after, _KEYS_AT_ONCE]
             reply = await self._run_one(self._scripts.prefix.command([shard.meta], arguments))
@@ -451,8 +460,8 @@ class RedisStore:
             if not after:
                 return SharedRemoved(removed, int(version))
 
-    async def _remove_tag(self, shard: Shard, tag: str) -> SharedRemoved | Away:
-        version, cursor, removed = b"", b"0", 0
+    async def _remove_tag(self, shard: Shard, tag: str, upto: int) -> SharedRemoved | Away:
+        version, cursor, removed = str(upto or "").encode(), b"0", 0
         while True:
             arguments: list[Any] = [
                 self._channel,
