@@ -13,6 +13,7 @@ from agent360.mesh.cache.window import WindowShare
 _PROTECTED_SHARE: Final = 0.8
 _READS_PER_ENTRY: Final = 10
 _LEAST_SAMPLE: Final = 1_000
+_MOST_TURNED_DOWN: Final = 100_000
 _UNBEATEN: Final = 1 << 30
 
 
@@ -95,7 +96,8 @@ class TinyLfu:
 
     __slots__ = (
         "_held", "_probation", "_protected", "_protected_bounds", "_sample", "_share", "_sketch",
-        "_used", "_window", "_window_bounds", "bounds", "epoch", "size_bytes",
+        "_turned_down", "_turned_down_before", "_used", "_window", "_window_bounds", "bounds",
+        "epoch", "size_bytes",
     )  # fmt: skip
 
     def __init__(self, bounds: Bounds) -> None:
@@ -110,6 +112,8 @@ class TinyLfu:
         self._used = 0
         self._sample = _LEAST_SAMPLE
         self._held = 0
+        self._turned_down: set[int] = set()
+        self._turned_down_before: set[int] = set()
         self.size_bytes = 0
         """Bytes of all entries."""
 
@@ -163,16 +167,17 @@ class TinyLfu:
     def wants_copy(self, key_hash: int, size_bytes: int) -> bool:
         """Whether to take an entry that can be had again from elsewhere.
 
-        It is where there is room, or where the key was used before of late: what comes once pushes
-        nothing out. A key that is turned down is remembered as used.
+        It is where there is room, or where the key was turned down before of late: what comes once
+        pushes nothing out.
         """
-        bounds = self.bounds
+        bounds, turned_down = self.bounds, self._turned_down
         if self._held < bounds.entries and self.size_bytes + size_bytes <= bounds.size_bytes:
             return True
-        if self._sketch.estimate(key_hash):
+        if key_hash in turned_down or key_hash in self._turned_down_before:
             return True
-        self._sketch.record(key_hash, 1)
-        self._count(1)
+        turned_down.add(key_hash)
+        if len(turned_down) >= max(_LEAST_SAMPLE, min(self._held, _MOST_TURNED_DOWN)):
+            self._turned_down, self._turned_down_before = set(), turned_down
         return False
 
     def resized(self, entry: Entry, old_size_bytes: int) -> Outcome:

@@ -93,7 +93,7 @@ class SharedReads(CacheService):
                 fresh.append(flight)
             flights.append(flight)
         if fresh:
-            await asyncio.shield(self.spawn(self._read(fresh)))
+            self.spawn(self._read(fresh))
         results: list[Claimed | MeshError] = []
         for flight, (space, key, allow_stale) in zip(flights, wanted, strict=True):
             await flight.landed()

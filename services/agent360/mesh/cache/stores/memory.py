@@ -11,7 +11,7 @@ import grpc
 
 from agent360.client.errors import MeshError
 from agent360.mesh.cache.admission import Bounds, Outcome
-from agent360.mesh.cache.entry import Counts, Entry, Payload, Space, size_of
+from agent360.mesh.cache.entry import OVERHEAD_BYTES, Counts, Entry, Payload, Space, size_of
 from agent360.mesh.cache.expiry import ExpiryWheel
 from agent360.mesh.cache.policy import DEFAULT_POLICY, Admission, PolicyOf
 from agent360.mesh.cache.shares import Shares, Tenancy
@@ -191,7 +191,7 @@ class MemoryStore:
             return True
         key_hash = self._hash_key(key) ^ space.salt
         policy = self._shares.of(space.tenant).policy
-        return policy.wants_copy(key_hash, size_of(key, payload))
+        return policy.wants_copy(key_hash, len(payload.value) + OVERHEAD_BYTES)
 
     def remove(self, entry: Entry) -> None:
         """See ``Store.remove``."""
