@@ -139,11 +139,14 @@ class Asking:
         if not claim.asking and version > claim.decided_at:
             self.lost(claim)
 
-    def released(self, claim: Claim) -> None:
-        """A filler gave up, or may have."""
+    def released(self, claim: Claim, nonce: str) -> None:
+        """A filler gave up, or may have: the one whose nonce it is, here or elsewhere."""
+        sealed = open_token(claim.token) if claim.token else None
         if claim.asking:
             claim.released = True
-        elif not claim.token and claim.stand_in is None:
+        elif (not claim.token and claim.stand_in is None) or (
+            sealed is not None and sealed.nonce == nonce
+        ):
             self.lost(claim)
 
     def restart(self, claim: Claim) -> None:

@@ -145,12 +145,12 @@ class SharedCacheService(SharedWrites):
         if journal is not None:
             journal.add(Change(namespace, scope, tuple(names), version))
 
-    def released(self, tenant: str, namespace: str, key: str) -> None:
+    def released(self, tenant: str, namespace: str, key: str, nonce: str) -> None:
         """See ``Listener.released``."""
         space = self._store.spaces(tenant).get(namespace)
         claim = None if space is None else self._claims.find(space, key)
         if claim is not None:
-            self._asking.released(claim)
+            self._asking.released(claim, nonce)
 
     def missed(self, tenant: str, namespace: str) -> None:
         """See ``Listener.missed``."""
@@ -160,7 +160,7 @@ class SharedCacheService(SharedWrites):
             self._store.drop_generation(space)
             for claim in self._claims.of_space(space):
                 claim.doubted = True
-                self._asking.released(claim)
+                self._asking.released(claim, "")
         journal = self._journals.watched(tenant)
         if journal is not None:
             journal.add(Change(namespace, "all", (), 0))

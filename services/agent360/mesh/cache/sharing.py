@@ -193,8 +193,8 @@ class Listener(Protocol):
         keys the version is for.
         """
 
-    def released(self, tenant: str, namespace: str, key: str) -> None:
-        """A claim ended without a fill."""
+    def released(self, tenant: str, namespace: str, key: str, nonce: str) -> None:
+        """The claim that the nonce names ended without a fill."""
 
     def missed(self, tenant: str, namespace: str) -> None:
         """Changes of a namespace may have gone unheard."""

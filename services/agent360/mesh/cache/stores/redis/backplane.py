@@ -88,4 +88,4 @@ class Backplane:
                     shard.version = message.space
                 listener.invalidated(tenant, namespace, "all", (), version, within)
             case "c":
-                listener.released(tenant, namespace, names[0])
+                listener.released(tenant, namespace, *names)

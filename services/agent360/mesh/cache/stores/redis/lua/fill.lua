@@ -15,7 +15,7 @@ if valid and #tags > 0 then
   end
   if not valid then
     redis.call('HDEL', base .. ':c', key)
-    publish('c', previous, previous, 0, space, {key})
+    publish('c', previous, previous, 0, space, {key, nonce})
   end
 end
 if not valid then

@@ -16,5 +16,5 @@ else
   redis.call('HDEL', base .. ':c', key)
 end
 local last = last_version()
-publish('c', last, last, 0, space, {key})
+publish('c', last, last, 0, space, {key, nonce})
 return {space, text(now), 1, value or ''}
