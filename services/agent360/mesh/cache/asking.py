@@ -15,7 +15,7 @@ from agent360.client.errors import MeshError
 from agent360.mesh.cache.claims import Claim, Claimed, Claims
 from agent360.mesh.cache.entry import Entry, Space
 from agent360.mesh.cache.ports import Clock
-from agent360.mesh.cache.sharing import AWAY, Away, SharedAsk, SharedClaim, SharedEntry, SharedStore
+from agent360.mesh.cache.sharing import Away, SharedAsk, SharedClaim, SharedEntry, SharedStore
 
 _DEAF_LOOK_S: Final = 0.05
 """How often another's claim is looked at while changes go unheard."""
@@ -205,7 +205,7 @@ class Asking:
         )
 
     def _decide(self, claim: Claim, ask: SharedAsk, answer: SharedClaim | Away) -> None:
-        if answer is AWAY:
+        if isinstance(answer, Away):
             self._decide_alone(claim, degraded=True)
             return
         entry = answer.entry

@@ -184,7 +184,7 @@ class SharedReads(CacheService):
                 outdated = []
                 for flight, each in zip(left, found, strict=True):
                     version = each.version if isinstance(each, SharedEntry) else 0
-                    if each is not AWAY and flight.outdates(version):
+                    if not isinstance(each, Away) and flight.outdates(version):
                         outdated.append(flight)
                     else:
                         self._flights.end(flight)
@@ -210,7 +210,7 @@ class SharedReads(CacheService):
         self, flight: Flight, space: Space, key: str, allow_stale: bool
     ) -> Claimed | MeshError:
         """Answers a lookup with what a read has found."""
-        if flight.found is AWAY:
+        if isinstance(flight.found, Away):
             return self.answer_alone(space, key, allow_stale=allow_stale)
         now, counts, entry = self._clock.now(), space.counts, flight.entry
         if entry is None:

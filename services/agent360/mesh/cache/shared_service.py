@@ -16,7 +16,7 @@ from agent360.mesh.cache.replica import unheld
 from agent360.mesh.cache.service import HOTTEST
 from agent360.mesh.cache.shared_reads import concerned_keys, store_away
 from agent360.mesh.cache.shared_writes import SharedWrites
-from agent360.mesh.cache.sharing import AWAY, SharedEntry
+from agent360.mesh.cache.sharing import AWAY, Away, SharedEntry
 
 
 class SharedCacheService(SharedWrites):
@@ -248,8 +248,8 @@ class SharedCacheService(SharedWrites):
         with self._asking.deciding(claim):
             answer = await self._shared.fill(space, key, nonce, payload, keep=keep)
         self._flights.end(flight)
-        if answer is AWAY:
-            return self._fill_away(claim, payload, keep=keep)
+        if isinstance(answer, Away):
+            return self._fill_away(claim, payload, answer, keep=keep)
         if not answer.stored and keep:
             if claim is not None:
                 self._asking.lost(claim)
@@ -267,14 +267,16 @@ class SharedCacheService(SharedWrites):
         self._answer_waiters(space, key, entry)
         return Stored(keep, answer.version)
 
-    def _fill_away(self, claim: Claim | None, payload: Payload, *, keep: bool) -> Stored:
+    def _fill_away(
+        self, claim: Claim | None, payload: Payload, answer: Away, *, keep: bool
+    ) -> Stored:
         """The store went away between claim and fill: the value is kept here alone."""
         if claim is None:
             return Stored(False, 0, shared=False)
         now = self._clock.now()
         self._count_fill(claim, now)
         stored = self._write_settled(claim.space, claim.key, payload, now, admitted=keep)
-        self._owe(claim.space, "keys", (claim.key,))
+        self._owe(claim.space, "keys", (claim.key,), answer)
         return stored._replace(shared=False)
 
     def _fill_alone(
@@ -283,7 +285,7 @@ class SharedCacheService(SharedWrites):
         """Fills a claim that was given while the store was away."""
         stored = self.fill(tenant, token, namespace, key, payload, self._clock.now())
         if stored.stored:
-            self._owe(self.space(tenant, namespace), "keys", (key,))
+            self._owe(self.space(tenant, namespace), "keys", (key,), AWAY)
         return stored._replace(shared=False)
 
     async def _fail(self, space: Space, key: str, token: str) -> Claimed | None:
@@ -300,7 +302,9 @@ class SharedCacheService(SharedWrites):
             if claim is not None:
                 self._claims.fail(claim, entry, pause_s)
             return Claimed(entry, fail_safe=True)
-        stand_in = self.standing_in(space, key, self._clock.now()) if answer is AWAY else None
+        stand_in = (
+            self.standing_in(space, key, self._clock.now()) if isinstance(answer, Away) else None
+        )
         if stand_in is not None:
             if claim is not None:
                 self._claims.fail(claim, stand_in, pause_s)

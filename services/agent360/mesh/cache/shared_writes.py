@@ -15,7 +15,7 @@ from agent360.mesh.cache.owed import Debt
 from agent360.mesh.cache.replica import Write, count_stored, unheld
 from agent360.mesh.cache.service import Invalidated
 from agent360.mesh.cache.shared_reads import SharedReads
-from agent360.mesh.cache.sharing import AWAY, Away, SharedEntry, SharedRemoved, SharedWrite
+from agent360.mesh.cache.sharing import Away, SharedEntry, SharedRemoved, SharedWrite
 
 _REPAY_AGAIN_S: Final = 0.1
 
@@ -98,8 +98,8 @@ class SharedWrites(SharedReads):
         for (_, write, flight), answer in zip(sent, answers, strict=True):
             self._flights.end(flight)
             space, key, payload = write.space, write.key, write.payload
-            if answer is AWAY:
-                results.append(self._write_alone(write))
+            if isinstance(answer, Away):
+                results.append(self._write_alone(write, answer))
                 continue
             if not answer.stored:
                 results.append(Stored(False, answer.version))
@@ -111,7 +111,7 @@ class SharedWrites(SharedReads):
             results.append(Stored(True, answer.version))
         return results
 
-    def _write_alone(self, write: SharedWrite) -> Stored:
+    def _write_alone(self, write: SharedWrite, answer: Away) -> Stored:
         """Carries a write out in memory, and owes it."""
         space, key, payload, condition, if_version = write
         now = self._clock.now()
@@ -120,7 +120,7 @@ class SharedWrites(SharedReads):
             if version is not None:
                 return Stored(False, version, shared=False)
         stored = self._write_settled(space, key, payload, now, admitted=True)
-        self._owe(space, "keys", (key,))
+        self._owe(space, "keys", (key,), answer)
         return stored._replace(shared=False)
 
     async def _refuse(
@@ -139,9 +139,9 @@ class SharedWrites(SharedReads):
         answers = await self._shared.delete(wanted)
         results = []
         for (space, key), answer in zip(wanted, answers, strict=True):
-            if answer is AWAY:
+            if isinstance(answer, Away):
                 removed = self._remove_keys(space, (key,), self._clock.now())
-                self._owe(space, "keys", (key,))
+                self._owe(space, "keys", (key,), answer)
                 results.append(Removed(removed, shared=False))
                 continue
             self._outdate(space, key, answer.version)
@@ -177,9 +177,9 @@ class SharedWrites(SharedReads):
             answer = await self._shared.remove_prefix(space, names[0])
         else:
             answer = await self._shared.remove_tags(space, names)
-        if answer is AWAY:
+        if isinstance(answer, Away):
             version = self._next_version()
-            self._owe(space, scope, names)
+            self._owe(space, scope, names, answer)
             if scope == "prefix":
                 return await self._remove_prefix(space, names[0], version), False
             return await self._remove_tags(space, names, version), False
@@ -193,9 +193,9 @@ class SharedWrites(SharedReads):
         for flight in flights:
             self._flights.end(flight)
         self._record(space, "all", 0)
-        if answer is AWAY:
+        if isinstance(answer, Away):
             self._move(space)
-            self._owe(space, "all", ())
+            self._owe(space, "all", (), answer)
             warmed = await self._warm(space, warm)
             return Invalidated(0, self._shared.version_of(space), shared=False, warmed=warmed)
         space.counts.invalidations += self._store.drop_generation(space)
@@ -208,8 +208,8 @@ class SharedWrites(SharedReads):
         writes = [Write(space, key, payload) for key, payload in warm]
         return count_stored(await self.write_all(writes, self._clock.now()))
 
-    def _owe(self, space: Space, scope: Scope, names: Sequence[str]) -> None:
-        self._owed.add(space, scope, names, self._shared.newest_version)
+    def _owe(self, space: Space, scope: Scope, names: Sequence[str], answer: Away) -> None:
+        self._owed.add(space, scope, names, self._shared.version_after(answer))
         self._owing.set()
 
     async def _pay(self, debt: Debt) -> bool:
@@ -227,7 +227,7 @@ class SharedWrites(SharedReads):
                 await shared.remove_prefix(space, prefix, upto)
                 for prefix, upto in debt.names.items()
             ]
-        return all(answer is not AWAY for answer in answers)
+        return all(not isinstance(answer, Away) for answer in answers)
 
     def _answer_waiters(self, space: Space, key: str, entry: Entry) -> None:
         """The key was written: who waits for its fill gets that."""

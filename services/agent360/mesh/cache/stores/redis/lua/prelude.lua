@@ -11,8 +11,12 @@
 --
 -- The head of an entry: its version, when it was written (microseconds of this server's clock), for how long it is fresh
 -- (microseconds), and the length of its tags.
+--
+-- ARGV[1] is the channel; ARGV[2], which is taken out here, the time after which it is too late to begin: the caller has given up
+-- then, and may have done something else since.
 local base = string.sub(KEYS[1], 1, -6)
 local channel = ARGV[1]
+local deadline = tonumber(table.remove(ARGV, 2))
 local HEAD = '>I8I8I8I4'
 local HEAD_BYTES = 28
 
@@ -20,6 +24,8 @@ local function clock()
   local t = redis.call('TIME')
   return t[1] * 1000000 + t[2]
 end
+
+if clock() > deadline then return redis.error_reply('LATE the caller has given up') end
 
 local function text(number)
   return string.format('%.0f', number)
