@@ -88,7 +88,9 @@ class SharedCacheService(SharedWrites):
         sealed = open_token(token)
         if sealed is None:
             return await super().fail_claimed(tenant, token)
-        space = self.space(tenant, sealed.namespace)
+        space = self._store.spaces(tenant).get(sealed.namespace)
+        if space is None:
+            space = self.space_to_read(tenant, sealed.namespace)
         return await asyncio.shield(self.spawn(self._fail(space, sealed.key, token)))
 
     # ---------------------------------------------------------------- watching and counting
@@ -250,7 +252,7 @@ class SharedCacheService(SharedWrites):
         self._flights.end(flight)
         if isinstance(answer, Away):
             return self._fill_away(claim, payload, answer, keep=keep)
-        if not answer.stored and keep:
+        if not answer.stored:
             if claim is not None:
                 self._asking.lost(claim)
             return Stored(False, answer.version)

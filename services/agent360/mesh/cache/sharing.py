@@ -151,7 +151,10 @@ class SharedStore(Protocol):
     async def fill(
         self, space: Space, key: str, nonce: str, payload: Payload, *, keep: bool
     ) -> SharedWritten | Away:
-        """Stores what was claimed; with ``keep`` false only ends the claim."""
+        """Stores what was claimed; with ``keep`` false only ends the claim.
+
+        ``stored`` tells whether the claim was still valid.
+        """
 
     async def release(
         self, space: Space, key: str, nonce: str, pause_s: float

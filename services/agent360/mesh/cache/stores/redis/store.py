@@ -64,6 +64,7 @@ class RedisStore:
         log: structlog.stdlib.BoundLogger,
         *,
         prefix: str,
+        database: int,
         shards: int,
         max_claim_s: float,
     ) -> None:
@@ -75,6 +76,7 @@ class RedisStore:
             codec: makes bytes of entries.
             log: of the service.
             prefix: of all keys, and of the channel.
+            database: the number of the servers' database; channels are the same for all of them.
             shards: how many parts a namespace is divided into.
             max_claim_s: how long a claim may last at most.
         """
@@ -84,7 +86,7 @@ class RedisStore:
         self._log = log
         self._shards = Shards(prefix, shards)
         self._scripts = Scripts(redis)
-        self._channel = f"{prefix}:changes".encode()
+        self._channel = f"{prefix}:changes:{database}".encode()
         self._max_claim_ms = math.ceil(max_claim_s * 1e3)
         patience_s = redis.settings.timeout_s + redis.settings.wait_timeout_s
         self._window_us = math.ceil(patience_s * 1e6)
@@ -94,10 +96,15 @@ class RedisStore:
 
     async def start(self, listener: Listener) -> None:
         """Connects; returns when the servers answer and changes are heard."""
-        self._redis.on_change(listener.reaches)
+        self._redis.on_change(lambda available: self._reaches(listener, available))
         await self._redis.start()
         self._backplane = Backplane(self._redis, self._channel, self._shards, listener)
         await self._backplane.start()
+
+    def _reaches(self, listener: Listener, available: bool) -> None:
+        if available and self._backplane is not None:
+            self._backplane.forget()
+        listener.reaches(available)
 
     async def close(self) -> None:
         """Disconnects."""
@@ -121,11 +128,12 @@ class RedisStore:
     @property
     def newest_version(self) -> int:
         """See ``SharedStore.newest_version``."""
-        return self._redis.now_us()
+        heard = 0 if self._backplane is None else self._backplane.newest
+        return max(self._redis.now_us(), heard)
 
     def version_after(self, answer: Away) -> int:
         """See ``SharedStore.version_after``."""
-        return self._redis.now_us() + (self._window_us if answer is UNSURE else 0)
+        return self.newest_version + (self._window_us if answer is UNSURE else 0)
 
     def version_of(self, space: Space) -> int:
         """See ``SharedStore.version_of``."""
@@ -404,13 +412,33 @@ class RedisStore:
     async def _learn_versions(self, shards: Any) -> None:
         """Asks for the versions of namespaces that are not known here."""
         unknown = [shard for shard in shards if shard.version is None]
-        if unknown:
-            commands = [Command(shard.meta, ("GET", shard.meta)) for shard in unknown]
-            replies = await self._run(commands, repeatable=True)
-            for shard, reply in zip(unknown, replies, strict=True):
-                shard.asked = not isinstance(reply, Away)
-                if shard.asked:
-                    self._saw_version(shard, reply)
+        if not unknown:
+            return
+        commands = [Command(shard.meta, ("MGET", shard.meta, shard.seq)) for shard in unknown]
+        replies = await self._run(commands, repeatable=True)
+        for shard, reply in zip(unknown, replies, strict=True):
+            shard.asked = not isinstance(reply, Away)
+            if isinstance(reply, Away):
+                continue
+            version, newest = reply
+            if version is not None and int(newest or 0) < shard.newest:
+                version = await self._leave(shard)
+            self._saw_version(shard, version)
+
+    async def _leave(self, shard: Shard) -> bytes | None:
+        """Moves a shard to its next version: the store has lost changes that were made to it.
+
+        It was restarted from an older copy, or a copy took its place: what was invalidated since
+        may be there again.
+        """
+        self._log.warning("the shared store has lost changes", namespace=shard.namespace)
+        command = self._scripts.write.command([shard.meta], [*self._head(), 1, 0])
+        reply = await self._run_one(command)
+        if isinstance(reply, Away):
+            return None
+        shard.newest = 0
+        version: bytes = reply[0]
+        return version
 
     def _saw_version(self, shard: Shard, version: bytes | None) -> None:
         if self._backplane is not None:

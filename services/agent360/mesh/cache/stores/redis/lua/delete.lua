@@ -2,7 +2,12 @@
 -- stays ('': it does not).
 -- Answers {namespace version, version, removed (0 or 1)...}.
 local now = clock()
-local space = space_version(now)
+local space = redis.call('GET', base .. ':meta')
+if not space then
+  local nothing = {false, text(math.max(last_version(), now))}
+  for i = 2, #ARGV, 2 do nothing[#nothing + 1] = 0 end
+  return nothing
+end
 local previous = last_version()
 local version = math.max(previous, now - 1)
 local changed, results = {}, {space, ''}

@@ -6,6 +6,17 @@ local now = clock()
 local space = space_version(now)
 local previous = last_version()
 local new = not upto
+if after == '' and previous > 0 and redis.call('EXISTS', base .. ':i:v' .. space) == 0 then
+  -- Everything has expired, or the index was evicted and what it knew is still there: the namespace leaves that.
+  local version = math.max(previous, now - 1) + 1
+  space = text(tonumber(space) + 1)
+  redis.call('SET', base .. ':meta', space, 'KEEPTTL')
+  redis.call('DEL', base .. ':c', base .. ':x')
+  save_version(version)
+  keep_versions(0)
+  publish('a', previous, version, version, space, {})
+  return {space, text(version), 0, ''}
+end
 if new then
   upto = math.max(previous, now - 1) + 1
   save_version(upto)

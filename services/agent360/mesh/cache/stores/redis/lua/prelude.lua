@@ -49,8 +49,11 @@ local function last_version()
   return tonumber(redis.call('GET', base .. ':seq') or '0')
 end
 
+-- Both may end a day after the last entry: the next version is by the clock then, and above all before.
+local DAY_MS = 86400000
+
 local function save_version(version)
-  redis.call('SET', base .. ':seq', text(version))
+  redis.call('SET', base .. ':seq', text(version), 'KEEPTTL')
 end
 
 -- version, written, ttl, length of tags; nil where there is no entry
@@ -73,6 +76,11 @@ local function keep_at_least(key, milliseconds)
   if redis.call('PTTL', key) < milliseconds then redis.call('PEXPIRE', key, milliseconds) end
 end
 
+local function keep_versions(milliseconds)
+  keep_at_least(base .. ':meta', milliseconds + DAY_MS)
+  keep_at_least(base .. ':seq', milliseconds + DAY_MS)
+end
+
 -- nonce, version at which it was claimed, when it ends, whether loading has failed
 local function claim_of(key, now)
   local packed = redis.call('HGET', base .. ':c', key)
@@ -92,7 +100,7 @@ local function publish(kind, previous, latest, version, space, names)
   redis.call('PUBLISH', channel, cmsgpack.pack({kind, base, previous, latest, version, space, names}))
 end
 
--- Lets go of index members whose entries have expired: two looks for each write keep them fewer than the entries.
+-- Lets go of index members whose entries have expired: four looks for each write keep them fewer than the entries.
 local function tidy(index, space, looks)
   local members = redis.call('ZRANDMEMBER', index, looks)
   for _, key in ipairs(members) do
@@ -110,6 +118,11 @@ local function put(space, version, now, key, keep_ms, ttl_us, tags, body)
       local members = base .. ':t:' .. tag .. ':v' .. space
       redis.call('SADD', members, key)
       keep_at_least(members, keep_ms)
+      for _, other in ipairs(redis.call('SRANDMEMBER', members, 3)) do
+        local entry = entry_key(other, space)
+        local there, _, _, tags_length = head_of(entry)
+        if not there or not has_tag(entry, tags_length, tag) then redis.call('SREM', members, other) end
+      end
     end
   end
 end
