@@ -21,8 +21,8 @@ CLIENTS: Final = {
     "metrics": "MetricsClient",
     "audit": "AuditClient",
 }
-INTERNAL: Final = {"AuditClient": {"settle"}, "CacheClient": {"settle"}}
-"""Methods of a client that are for the Mesh alone."""
+INTERNAL: Final = {"AuditClient": {"settle"}, "CacheClient": {"abandon", "settle"}}
+"""Methods of a client that are for the Mesh and the client itself."""
 NEEDS_A_LOOP: Final = {"CacheClient": {"cached", "watch"}}
 """Methods that make no sense without an event loop: what they give is asynchronous itself."""
 TYPES: Final = {

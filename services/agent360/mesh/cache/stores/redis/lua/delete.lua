@@ -2,12 +2,7 @@
 -- stays ('': it does not).
 -- Answers {namespace version, version, removed (0 or 1)...}.
 local now = clock()
-local space = redis.call('GET', base .. ':meta')
-if not space then
-  local nothing = {false, text(math.max(last_version(), now))}
-  for i = 2, #ARGV, 2 do nothing[#nothing + 1] = 0 end
-  return nothing
-end
+local space = space_version(now)
 local previous = last_version()
 local version = math.max(previous, now - 1)
 local changed, results = {}, {space, ''}
@@ -28,6 +23,7 @@ for i = 2, #ARGV, 2 do
 end
 if #changed > 0 then
   save_version(version)
+  keep_versions(0)
   publish('k', previous, version, version, space, changed)
 end
 results[2] = text(version)

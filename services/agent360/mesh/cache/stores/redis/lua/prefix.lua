@@ -6,8 +6,8 @@ local now = clock()
 local space = space_version(now)
 local previous = last_version()
 local new = not upto
-if after == '' and previous > 0 and redis.call('EXISTS', base .. ':i:v' .. space) == 0 then
-  -- Everything has expired, or the index was evicted and what it knew is still there: the namespace leaves that.
+if after == '' and redis.call('PTTL', base .. ':seq') > DAY_MS and redis.call('EXISTS', base .. ':i:v' .. space) == 0 then
+  -- There are entries and no index: it was evicted. The namespace leaves what is still there.
   local version = math.max(previous, now - 1) + 1
   space = text(tonumber(space) + 1)
   redis.call('SET', base .. ':meta', space, 'KEEPTTL')
@@ -20,6 +20,7 @@ end
 if new then
   upto = math.max(previous, now - 1) + 1
   save_version(upto)
+  keep_versions(0)
 end
 if after == '' then
   for _, key in ipairs(redis.call('HKEYS', base .. ':c')) do

@@ -19,6 +19,8 @@ local channel = ARGV[1]
 local deadline = tonumber(table.remove(ARGV, 2))
 local HEAD = '>I8I8I8I4'
 local HEAD_BYTES = 28
+-- For so long :meta and :seq outlive the last entry. What comes after them is by the clock, and above all before.
+local DAY_MS = 86400000
 
 local function clock()
   local t = redis.call('TIME')
@@ -40,7 +42,7 @@ local function space_version(now)
   local space = redis.call('GET', base .. ':meta')
   if not space then
     space = text(now)
-    redis.call('SET', base .. ':meta', space)
+    redis.call('SET', base .. ':meta', space, 'PX', DAY_MS)
   end
   return space
 end
@@ -48,9 +50,6 @@ end
 local function last_version()
   return tonumber(redis.call('GET', base .. ':seq') or '0')
 end
-
--- Both may end a day after the last entry: the next version is by the clock then, and above all before.
-local DAY_MS = 86400000
 
 local function save_version(version)
   redis.call('SET', base .. ':seq', text(version), 'KEEPTTL')
