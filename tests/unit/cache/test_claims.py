@@ -300,3 +300,15 @@ async def test_who_comes_to_wait_when_the_claim_just_ended_claims_anew() -> None
     assert fill(cache, token).stored
     assert (await soon(second)).entry.value == b"loaded"
     assert cache.plans.counts.misses == 3, "each lookup is counted once"
+
+
+def test_a_tenant_that_claims_too_much_is_refused_and_no_other() -> None:
+    cache = Cache(max_claims=3)
+    for number in range(3):
+        claim(cache, f"k{number}")
+    with pytest.raises(MeshError, match="CLAIMS_EXHAUSTED"):
+        claim(cache, "one too many")
+    globex = cache.space("globex")
+    assert cache.service.claim(globex, "k", False, 10.0, cache.clock.now()).grant is not None
+    cache.service.delete(cache.plans, "k0", cache.clock.now())
+    assert token_of(claim(cache, "again"))

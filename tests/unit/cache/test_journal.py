@@ -182,3 +182,18 @@ async def test_writes_that_are_told_together_keep_their_own_versions() -> None:
     change = (await anext(events)).change
     assert change is not None
     assert (change.names, change.versions, change.version) == (("a", "b"), (7, 5), 7)
+
+
+async def test_a_watch_gives_signs_of_life_though_other_namespaces_change_all_the_time() -> None:
+    journal, clock = Journal(100, "epoch"), FakeClock()
+    events = journal.watch("", ("plans",), clock, 15.0)
+    await anext(events)
+    sign = asyncio.create_task(anext(events))
+    for _ in range(4):
+        await asyncio.sleep(0)
+        journal.add(written("k", namespace="answers"))
+        await asyncio.sleep(0)
+        clock.advance(5.0)
+    event = await asyncio.wait_for(sign, 1.0)
+    assert (event.change, event.reset) == (None, "")
+    assert event.token == "epoch.3", "it is complete up to here"
