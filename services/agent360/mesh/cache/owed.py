@@ -85,6 +85,16 @@ class OwedChanges:
         bounds += [bound for prefix, bound in owed.prefixes.items() if key.startswith(prefix)]
         return version <= max(bounds)
 
+    def of_key(self, space: Space, key: str) -> int:
+        """What is owed for a key itself, as the version up to which its entry must go; 0: nothing."""
+        owed = self._by_space.get(space)
+        return 0 if owed is None else owed.keys.get(key, 0)
+
+    def replaced(self, space: Space, key: str, before: int) -> None:
+        """The store took a write of the key that began when ``before`` was owed for it."""
+        if before:
+            self.paid(Debt(space, "keys", {key: before}))
+
     def debts(self) -> Iterator[Debt]:
         """Everything owed, in parts that can be settled one by one."""
         scopes: tuple[Scope, ...] = ("all", "prefix", "tags", "keys")

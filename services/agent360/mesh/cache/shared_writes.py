@@ -105,13 +105,14 @@ class SharedWrites(SharedReads):
 
     async def _write(self, writes: Sequence[SharedWrite]) -> list[Stored]:
         flights = [self._flights.begin(each.space, each.key, read=False) for each in writes]
+        owed = [self._owed.of_key(each.space, each.key) for each in writes] if self._owed else ()
         try:
             answers = await self._shared.write(writes)
         finally:
             for flight in flights:
                 self._flights.end(flight)
         results = []
-        for write, flight, answer in zip(writes, flights, answers, strict=True):
+        for place, (write, flight, answer) in enumerate(zip(writes, flights, answers, strict=True)):
             space, key, payload = write.space, write.key, write.payload
             if isinstance(answer, Away):
                 results.append(self._write_alone(write, answer))
@@ -119,6 +120,8 @@ class SharedWrites(SharedReads):
             if not answer.stored:
                 results.append(Stored(False, answer.version))
                 continue
+            if owed:
+                self._owed.replaced(space, key, owed[place])
             space.counts.sets += 1
             found = SharedEntry(payload, answer.version, answer.fresh_until)
             entry = self._settle_here(flight, found)
