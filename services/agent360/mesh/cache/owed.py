@@ -86,7 +86,7 @@ class OwedChanges:
         return version <= max(bounds)
 
     def of_key(self, space: Space, key: str) -> int:
-        """What is owed for a key itself, as the version up to which its entry must go; 0: nothing."""
+        """What is owed for a key itself: up to which version its entry must go; 0: nothing."""
         owed = self._by_space.get(space)
         return 0 if owed is None else owed.keys.get(key, 0)
 
