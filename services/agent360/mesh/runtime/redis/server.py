@@ -22,6 +22,8 @@ from agent360.mesh.runtime.redis.url import Endpoint
 _TIME: Final = b"*1\r\n$4\r\nTIME\r\n"
 _GREETING: Final = b"*1\r\n$4\r\nPING\r\n" + _TIME
 _CLOCK_S: Final = 5.0
+_FIRST_CLOCK_S: Final = 0.05
+"""A process that starts is slow to read answers: its server's clock is asked for often at first."""
 _NEVER: Final = -math.inf
 _TICKS: Final = 4
 """How often upkeep looks at connections within the shortest of their times."""
@@ -76,7 +78,8 @@ class Server:
         self._failures = 0
         self._lost_at = _NEVER
         self._away_since = 0.0
-        self._clock_due = self._loop.time() + _CLOCK_S
+        self._clock_pause_s = _FIRST_CLOCK_S
+        self._clock_due = self._loop.time() + _FIRST_CLOCK_S
         self._crowded = False
 
     def start(self) -> None:
@@ -207,7 +210,6 @@ class Server:
                 raise UnwillingError(str(reply))
         self._crowded = False
         self.clock.note(exchange.begun_at, outcome[1])
-        self._clock_due = self._loop.time() + _CLOCK_S
 
     # ---------------------------------------------------------------- upkeep
 
@@ -226,14 +228,16 @@ class Server:
             self.pool.tidy()
             if self._loop.time() > self._clock_due:
                 await self._ask_clock()
+            pause_s = min(tick_s, max(_MIN_TICK_S, self._clock_due - self._loop.time()))
             try:
-                async with asyncio.timeout(tick_s):
+                async with asyncio.timeout(pause_s):
                     await self._changed.wait()
             except TimeoutError:
                 continue
 
     async def _ask_clock(self) -> None:
-        self._clock_due = self._loop.time() + _CLOCK_S
+        self._clock_pause_s = min(_CLOCK_S, 2 * self._clock_pause_s)
+        self._clock_due = self._loop.time() + self._clock_pause_s
         exchange = self.submit(_TIME, 1)
         outcome = await exchange.answer
         if not isinstance(outcome, RedisAwayError) and not exchange.erred:
