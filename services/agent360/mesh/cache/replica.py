@@ -31,6 +31,8 @@ class Write(NamedTuple):
     """When it takes effect."""
     if_version: int = 0
     """For ``Condition.IF_VERSION``."""
+    copied: bool = False
+    """Whether its TTLs are those of an entry that is there already, and stay as they are."""
 
 
 class Limits(NamedTuple):
@@ -97,6 +99,7 @@ class Replica:
         now: float,
         condition: Condition = Condition.ALWAYS,
         if_version: int = 0,
+        copied: bool = False,
     ) -> Stored:
         """Writes an entry if the condition holds.
 
@@ -112,7 +115,8 @@ class Replica:
             version = self._version_if_not(condition, if_version, space, key, now)
             if version is not None:
                 return Stored(False, version)
-        payload = space.policy.settled(payload)
+        if not copied:
+            payload = space.policy.settled(payload)
         admitted = self.admits(space, key, payload, now)
         return self._write_settled(space, key, payload, now, admitted=admitted)
 

@@ -71,9 +71,9 @@ class CacheService(Replica):
     async def write_all(self, writes: Sequence[Write], now: float) -> Sequence[Stored | MeshError]:
         """Writes entries, each on its own; see ``write``."""
         results: list[Stored | MeshError] = []
-        for space, key, payload, condition, if_version in writes:
+        for space, key, payload, condition, if_version, copied in writes:
             try:
-                results.append(self.write(space, key, payload, now, condition, if_version))
+                results.append(self.write(space, key, payload, now, condition, if_version, copied))
             except MeshError as error:
                 results.append(error)
         return results
@@ -150,7 +150,7 @@ class CacheService(Replica):
         for key in keys:
             payload = self._last_run.payload(space.tenant, space.name, key)
             if payload is not None:
-                writes.append(Write(space, key, payload, Condition.IF_ABSENT))
+                writes.append(Write(space, key, payload, Condition.IF_ABSENT, copied=True))
         return count_stored(await self.write_all(writes, self._clock.now()))
 
     def watch(self, tenant: str) -> Journal:

@@ -362,7 +362,8 @@ class CacheServicer:
         space = service.space(call.tenant, request.namespace)
 
         async def write_all(entries: Sequence[tuple[str, Payload]]) -> int:
-            writes = [Write(space, key, payload) for key, payload in entries]
+            copied = source == "from_namespace"
+            writes = [Write(space, key, payload, copied=copied) for key, payload in entries]
             return count_stored(await service.write_all(writes, self._clock.now()))
 
         async def bring_back(keys: Sequence[str]) -> int:

@@ -37,13 +37,13 @@ class SharedWrites(SharedReads):
         sent: list[int] = []
         wishes: list[SharedWrite] = []
         refused: list[int] = []
-        for index, (space, key, payload, condition, if_version) in enumerate(writes):
+        for index, (space, key, payload, condition, if_version, copied) in enumerate(writes):
             try:
                 self.check_size(key, payload)
             except MeshError as error:
                 results[index] = error
                 continue
-            settled = space.policy.settled(payload)
+            settled = payload if copied else space.policy.settled(payload)
             if self.admits(space, key, settled, now):
                 sent.append(index)
                 wishes.append(SharedWrite(space, key, settled, condition, if_version))
