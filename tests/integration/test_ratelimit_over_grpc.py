@@ -80,14 +80,6 @@ async def test_limits_are_listed_as_the_tenant_has_them(limits: Path) -> None:
             await mesh.ratelimit.get_limit("gone")
 
 
-async def test_what_comes_later_says_so() -> None:
-    async with connected("ratelimit") as mesh:
-        with pytest.raises(MeshError) as caught:
-            await mesh.ratelimit.acquire("x")
-        assert caught.value.reason == "FEATURE_NOT_IMPLEMENTED"
-        assert caught.value.metadata == {"feature": "concurrency slots"}
-
-
 async def test_a_malformed_check_is_refused_with_every_fault_named() -> None:
     async with connected("ratelimit") as mesh:
         with pytest.raises(InvalidRequestError) as caught:

@@ -34,10 +34,12 @@ class Grant(Protocol):
 
 
 class LocalLimiter(Protocol):
-    """Decides in this process, without waiting: the ratelimit service asking itself."""
+    """Decides in this process: the ratelimit service asking itself."""
 
-    def check(self, tenant: str, name: str, hits: int, allow_partial: bool) -> Grant:
-        """Charges ``hits`` to the limits of ``name``."""
+    def check(
+        self, tenant: str, name: str, hits: int, allow_partial: bool
+    ) -> Grant | Awaitable[Grant]:
+        """Charges ``hits`` to the limits of ``name``; an awaitable where a store is asked."""
 
 
 class RemoteLimiter(Protocol):
@@ -61,7 +63,7 @@ class LocalQuotaPolicy:
     def __init__(self, limiter: LocalLimiter) -> None:
         self._limiter = limiter
 
-    def before(self, group: Group) -> None:
+    def before(self, group: Group) -> Awaitable[None] | None:
         """Charges the group, once for all of its items.
 
         Raises:
@@ -69,9 +71,15 @@ class LocalQuotaPolicy:
         """
         call = group.call
         if call.principal.service:
-            return
+            return None
         grant = self._limiter.check(call.tenant, call.method[1:], len(group.items), True)
+        if isinstance(grant, Awaitable):
+            return self._apply(group, grant)
         apply_grant(group, grant)
+        return None
+
+    async def _apply(self, group: Group, grant: Awaitable[Grant]) -> None:
+        apply_grant(group, await grant)
 
     def after(self, group: Group, code: grpc.StatusCode, count: int, duration_s: float) -> None:
         """Nothing: what was admitted stays charged."""

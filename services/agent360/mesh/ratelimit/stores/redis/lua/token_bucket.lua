@@ -1,0 +1,47 @@
+-- The twin of TokenBucket. State: at, debt.
+do
+  local A = {}
+  algorithms.t = A
+
+  function A.new() return {0, 0} end
+
+  local function flow(s, c)
+    local elapsed = now - s[1]
+    if elapsed > 0 then s[2] = max(0, s[2] - elapsed * c[3]) end
+    s[1] = now
+  end
+
+  function A.room(s, c)
+    flow(s, c)
+    return floor((c[5] * c[4] - s[2]) / c[4])
+  end
+
+  function A.take(s, c, hits)
+    flow(s, c)
+    s[2] = s[2] + hits * c[4]
+    return now + ceil(s[2] / c[3])
+  end
+
+  function A.give_back(s, c, hits, mark)
+    flow(s, c)
+    local undone = min(hits * c[4], (mark - now) * c[3])
+    if undone > 0 then s[2] = max(0, s[2] - undone) end
+  end
+
+  function A.wait(s, c, hits)
+    if hits > c[5] then return nil end
+    flow(s, c)
+    local over = s[2] - (c[5] - hits) * c[4]
+    if over > 0 then return ceil(over / c[3]) end
+    return 0
+  end
+
+  function A.reset(s, c)
+    flow(s, c)
+    return ceil(s[2] / c[3])
+  end
+
+  function A.lease_us() return nil end
+
+  function A.keep_us(s, c) return ceil(s[2] / c[3]) end
+end
