@@ -69,8 +69,7 @@ class TokenBucket:
 
     def room(self, now: int) -> int:
         """See ``Counter.room``."""
-        self._flow(now)
-        return (self._burst * self._period_us - self._debt) // self._period_us
+        return (self._burst * self._period_us - self._left(now)) // self._period_us
 
     def take(self, now: int, hits: int) -> int:
         """See ``Counter.take``; the mark is when all of it will have flowed back."""
@@ -107,14 +106,12 @@ class TokenBucket:
         """See ``Counter.wait``."""
         if hits > self._burst:
             return None
-        self._flow(now)
-        over = self._debt - (self._burst - hits) * self._period_us
+        over = self._left(now) - (self._burst - hits) * self._period_us
         return -(-over // self._amount) if over > 0 else 0
 
     def reset(self, now: int) -> int:
         """See ``Counter.reset``."""
-        self._flow(now)
-        return -(-self._debt // self._amount)
+        return -(-self._left(now) // self._amount)
 
     def lease_us(self, now: int) -> int | None:  # noqa: ARG002 - the interface is shared
         """See ``Counter.lease_us``: hits spent late add at most rate x lease time."""
@@ -124,10 +121,15 @@ class TokenBucket:
         """See ``Counter.resize``."""
         self._amount, self._burst = amount, burst
 
-    def _flow(self, now: int) -> None:
+    def _left(self, now: int) -> int:
+        """What of the debt is left; looking changes nothing."""
         elapsed = now - self._at
         if elapsed > 0 and self._debt:
-            self._debt = max(0, self._debt - elapsed * self._amount)
+            return max(0, self._debt - elapsed * self._amount)
+        return self._debt
+
+    def _flow(self, now: int) -> None:
+        self._debt = self._left(now)
         self._at = now
 
 
@@ -286,7 +288,7 @@ class FixedWindow:
         if self._start <= now < self._end:
             return
         start, end = self._windows.at(now)
-        if start < self._start:  # the clock stepped back
+        if start < self._start and self._used:  # the clock stepped back
             after = self._windows.at(end)
             if self._start > after[0]:
                 self._start, self._end = after

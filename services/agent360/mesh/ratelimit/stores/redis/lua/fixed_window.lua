@@ -20,17 +20,19 @@ do
   local function turn(s, c)
     if s[1] <= now and now < s[2] then return end
     local start, stop = window(c, now)
-    if start < s[1] then
+    if start < s[1] and s[3] > 0 then
       local next_start, next_stop = window(c, stop)
       if s[1] > next_start then
         s[1] = next_start
         s[2] = next_stop
+        s.moved = true
       end
       return
     end
     s[1] = start
     s[2] = stop
     s[3] = 0
+    s.moved = true
   end
 
   function A.room(s, c)

@@ -1,4 +1,4 @@
--- Carries out operations in their order; each count is read once and written once. Answers the packed list of their results.
+-- Carries out operations in their order; each count is read once, and written once if it has changed. Answers the packed list of their results.
 --
 -- {'d', hits, partial, counts}                             decide
 -- {'g', hits, counts, marks}                               give back
@@ -15,7 +15,7 @@
 -- the operation's list; retry_us: -1 none, -2 never; denied: positions of what denied or, in shadow mode, would have.
 local request = cmsgpack.unpack(ARGV[1])
 local counts, operations = request[1], request[2]
-local loaded, dirty = {}, {}
+local loaded, counted, dirty = {}, {}, {}
 
 local function base_of(key) return string.sub(key, 1, string.find(key, '}', 1, true)) end
 
@@ -30,10 +30,11 @@ local function state_of(key, c)
     s.fresh = true
   end
   loaded[key] = s
+  counted[key] = c
   return s
 end
 
-local function touch(key, c) dirty[key] = c end
+local function touch(key) dirty[key] = true end
 
 local function index(key, keep_ms)
   local all = base_of(key) .. ':i'
@@ -42,14 +43,14 @@ local function index(key, keep_ms)
 end
 
 local function save()
-  for key, c in pairs(dirty) do
-    local s = loaded[key]
-    local keep_ms = ceil(algorithms[c[1]].keep_us(s, c) / 1000) + SPARE_MS
-    if s.fresh then
-      s.fresh = nil
-      index(key, keep_ms)
+  for key, s in pairs(loaded) do
+    if dirty[key] or (s.moved and not s.fresh) then
+      local c = counted[key]
+      local keep_ms = ceil(algorithms[c[1]].keep_us(s, c) / 1000) + SPARE_MS
+      if s.fresh then index(key, keep_ms) end
+      s.fresh, s.moved = nil, nil
+      redis.call('SET', key, cmsgpack.pack(s), 'PX', keep_ms)
     end
-    redis.call('SET', key, cmsgpack.pack(s), 'PX', keep_ms)
   end
 end
 
@@ -110,7 +111,7 @@ end
 
 local function charge_rate(i, granted)
   local c, key = counts[i], KEYS[i]
-  touch(key, c)
+  touch(key)
   return algorithms[c[1]].take(state_of(key, c), c, granted)
 end
 
@@ -130,7 +131,7 @@ local function adjust(rows, adjustment)
     elseif adjustment < 0 then
       algorithms[c[1]].give_back(s, c, -adjustment, mark)
     end
-    touch(key, c)
+    touch(key)
   end
 end
 
@@ -149,7 +150,7 @@ function run.g(op)
   for n, i in ipairs(op[3]) do
     local c, key = counts[i], KEYS[i]
     algorithms[c[1]].give_back(state_of(key, c), c, op[2], op[4][n])
-    touch(key, c)
+    touch(key)
   end
   return {}
 end

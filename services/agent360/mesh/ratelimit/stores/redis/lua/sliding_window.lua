@@ -15,8 +15,10 @@ do
     if n > 1 and s[n - 1] > slot then
       local ahead = s[n - 1] - slot
       for i = 2, n, 2 do s[i] = s[i] - ahead end
+      s.moved = true
     end
     while #s > 1 and forgotten_at(c, s[2]) <= now do
+      s.moved = true
       s[1] = s[1] - s[3]
       table.remove(s, 2)
       table.remove(s, 2)

@@ -5,15 +5,19 @@ do
 
   function A.new() return {0, 0} end
 
-  local function flow(s, c)
+  local function left(s, c)
     local elapsed = now - s[1]
-    if elapsed > 0 then s[2] = max(0, s[2] - elapsed * c[3]) end
+    if elapsed > 0 then return max(0, s[2] - elapsed * c[3]) end
+    return s[2]
+  end
+
+  local function flow(s, c)
+    s[2] = left(s, c)
     s[1] = now
   end
 
   function A.room(s, c)
-    flow(s, c)
-    return floor((c[5] * c[4] - s[2]) / c[4])
+    return floor((c[5] * c[4] - left(s, c)) / c[4])
   end
 
   function A.take(s, c, hits)
@@ -30,15 +34,13 @@ do
 
   function A.wait(s, c, hits)
     if hits > c[5] then return nil end
-    flow(s, c)
-    local over = s[2] - (c[5] - hits) * c[4]
+    local over = left(s, c) - (c[5] - hits) * c[4]
     if over > 0 then return ceil(over / c[3]) end
     return 0
   end
 
   function A.reset(s, c)
-    flow(s, c)
-    return ceil(s[2] / c[3])
+    return ceil(left(s, c) / c[3])
   end
 
   function A.lease_us() return nil end
