@@ -11,6 +11,7 @@ from agent360.client.cached_functions import cached
 from agent360.client.channel import Tls
 from agent360.client.chat import Answer, AnswerSource, GenerateRequest, Message, Tool, ToolCall
 from agent360.client.context import CallScope, Priority, call_scope
+from agent360.client.decisions import CheckRequest, Decision
 from agent360.client.entries import Entry, Lookup, Outcome
 from agent360.client.errors import (
     DeadlineExceededError,
@@ -23,7 +24,7 @@ from agent360.client.errors import (
 from agent360.client.inference import InferenceClient
 from agent360.client.mesh import Mesh
 from agent360.client.near import NearCache
-from agent360.client.ratelimit import CheckRequest, Decision, RateLimitClient
+from agent360.client.ratelimit import RateLimitClient
 from agent360.client.serializers import BYTES, TEXT, Serializer, json_of, pydantic_of
 from agent360.client.synchronous import SyncMesh
 from agent360.client.watching import Invalidation, Reset
