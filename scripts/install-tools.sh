@@ -13,6 +13,11 @@ if [ ! -x "$tools/grpcurl" ] && ! command -v grpcurl >/dev/null; then
     echo "go is not at hand: tests with grpcurl are skipped"
   fi
 fi
+if [ ! -d .cache/xds-protos ] && [ -x .venv/bin/python ]; then
+  # Not into .venv: it overwrites files of opentelemetry-proto and googleapis-common-protos there.
+  .venv/bin/python -m pip install --quiet --no-deps --target .cache/xds-protos 'xds-protos==1.85.*' >/dev/null 2>&1 ||
+    echo "xds-protos could not be installed: the test with Envoy's stubs is skipped"
+fi
 packages=()
 for program in redis-server podman debootstrap openssl; do
   command -v "$program" >/dev/null || packages+=("$program")

@@ -22,6 +22,7 @@ from agent360.client.errors import (
     Violation,
 )
 from agent360.client.inference import InferenceClient
+from agent360.client.limiting import LimitMiddleware, limit
 from agent360.client.mesh import Mesh
 from agent360.client.near import NearCache
 from agent360.client.ratelimit import RateLimitClient
@@ -45,6 +46,7 @@ __all__ = [
     "InferenceClient",
     "InvalidRequestError",
     "Invalidation",
+    "LimitMiddleware",
     "Lookup",
     "Mesh",
     "MeshError",
@@ -65,5 +67,6 @@ __all__ = [
     "cached",
     "call_scope",
     "json_of",
+    "limit",
     "pydantic_of",
 ]

@@ -43,6 +43,9 @@ class Domain(Protocol):
     ) -> Any:
         """The counts that a request is charged to; see ``Limiter.plan``."""
 
+    def join(self, plans: Sequence[Any]) -> Any:
+        """The plan of a request that is charged to all of these."""
+
     async def decide(self, asks: Sequence[Ask]) -> Sequence[Decision]:
         """Decides requests in their order and charges each to all of its counts, or none."""
 
@@ -107,6 +110,10 @@ class LocalDomain:
     ) -> Any:
         """See ``Domain``."""
         return self.limiter.plan(tenant, name, facts, slots=slots, own=own)
+
+    def join(self, plans: Sequence[Any]) -> Any:
+        """See ``Domain``."""
+        return tuple(dict.fromkeys(charge for plan in plans for charge in plan))
 
     async def decide(self, asks: Sequence[Ask]) -> Sequence[Decision]:
         """See ``Domain``."""

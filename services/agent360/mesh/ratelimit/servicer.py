@@ -11,6 +11,7 @@ from agent360.client import AuditEvent
 from agent360.client.errors import MeshError
 from agent360.mesh.ratelimit.assembly import assemble
 from agent360.mesh.ratelimit.domain import Ask, LocalDomain
+from agent360.mesh.ratelimit.envoy import EnvoyService
 from agent360.mesh.ratelimit.exposition import LimiterCollector
 from agent360.mesh.ratelimit.failures import limit_unknown, limits_are_admins
 from agent360.mesh.ratelimit.own_quota import OwnQuota
@@ -59,6 +60,7 @@ class RateLimitServicer:
         self._book = self._parts.book
         self.limiter = OwnQuota(self._domain, self._parts.limiter)
         """Its own domain, for the quota of its callers."""
+        self._envoy = EnvoyService(self._domain, settings.envoy_tenant)
         self._report = UsageReport(context.mesh.metrics)
         self._resolved: dict[str, dict[bytes, Ask]] = {}
         self._plans = 0
@@ -90,7 +92,7 @@ class RateLimitServicer:
                 "ListUsage": self.list_usage,
             },
         )
-        return (own,)
+        return own, self._envoy.definition
 
     async def start(self) -> None:
         """See ``Servicer.start``."""

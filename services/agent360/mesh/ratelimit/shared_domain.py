@@ -83,6 +83,11 @@ class SharedDomain:
         counts = self._store.counts(self.limits, tenant, name, facts, slots=slots, own=own)
         return SharedPlan(counts, tenant, name, facts, slots, own)
 
+    def join(self, plans: Sequence[SharedPlan]) -> SharedPlan:
+        """See ``Domain``; while the store is away, the first decides."""
+        counts = {count.key: count for plan in plans for count in plan.counts}
+        return plans[0]._replace(counts=tuple(counts.values()))
+
     async def decide(self, asks: Sequence[Ask]) -> Sequence[Decision]:
         """See ``Domain``."""
         limited = [ask._replace(plan=ask.plan.counts) for ask in asks if ask.plan.counts]
