@@ -121,17 +121,17 @@ async def mesh(composed: dict[str, str]) -> AsyncIterator[Mesh]:
         yield mesh
 
 
-async def test_the_composed_services_know_each_other_and_redis_answers(
+async def test_the_composed_services_know_each_other_and_share_entries_in_redis(
     podman: Podman, mesh: Mesh
 ) -> None:
     for name in NAMES:
         podman.eventually_healthy(f"agent360-mesh_{name}_1")
-    await mesh.cache.set("k", b"v", timeout=20)
+    assert (await mesh.cache.set("k", b"v", timeout=20)).shared
     assert (await mesh.cache.get("k")).value == b"v"
     assert (await mesh.ratelimit.check("calls")).allowed
 
-    pong = podman.run("podman", "exec", "agent360-mesh_redis_1", "redis-cli", "ping")
-    assert pong.stdout.strip() == "PONG"
+    scan = ("redis-cli", "--scan", "--pattern", "agent360:cache:{acme:default:*}:e:k:v*")
+    assert podman.run("podman", "exec", "agent360-mesh_redis_1", *scan).stdout.strip()
     reporting: set[str] = set()
     async with asyncio.timeout(30):
         while not {"cache", "ratelimit"} <= reporting:

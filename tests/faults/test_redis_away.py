@@ -373,20 +373,17 @@ async def test_a_subscription_that_hears_nothing_is_down_in_time() -> None:
             assert ear.told == ["up", "down", "up"]
 
 
-async def test_a_subscription_in_a_cluster_moves_to_another_server() -> None:
+async def test_a_subscription_in_a_cluster_goes_on_without_a_server_that_is_away() -> None:
     options = ("--cluster-require-full-coverage", "no")
     async with (
         RedisClusterServers(*options) as cluster,
         client(cluster.url) as redis,
         Ear(redis) as ear,
     ):
-        for server in cluster.servers:
-            if b"sub=1" in await server.command("CLIENT", "LIST", "TYPE", "pubsub"):
-                await server.kill()
-                break
+        await cluster.servers[0].kill()
         started = time.monotonic()
         await eventually(lambda: ear.told == ["up", "down", "up"])
         assert time.monotonic() - started < BACK_S
         replies = await redis.each_server("PUBLISH", b"c", b"hello")
         assert sum(not is_away(reply) for reply in replies) == 2
-        await eventually(lambda: ear.messages == [b"hello", b"hello"])
+        await eventually(lambda: ear.messages == [b"hello"] * 4)

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from agent360.mesh.cache.admission import Bounds
+from agent360.mesh.cache.changes import Stored
 from agent360.mesh.cache.entry import Entry, Payload, Space
-from agent360.mesh.cache.service import CacheService, Limits, Stored
+from agent360.mesh.cache.replica import Limits
+from agent360.mesh.cache.service import CacheService
 from agent360.mesh.cache.stores.memory import MemoryStore
 
 T = TypeVar("T")

@@ -124,8 +124,9 @@ class NearTenant:
 
     def _invalidate(self, event: Invalidation, now: float) -> None:
         namespace = event.namespace
-        for key in event.keys:
-            self._outdate_key(namespace, key, event.version, now)
+        versions = event.key_versions or (event.version,) * len(event.keys)
+        for key, version in zip(event.keys, versions, strict=True):
+            self._outdate_key(namespace, key, version, now)
         if event.keys:
             return
         copies, name = self._copies, self.name

@@ -22,8 +22,9 @@ class Bounds:
     message_items: int = 1_000
     """Items in one message of many calls made at once."""
     coalesced_items: int = 128
-    """Calls of different tasks in one message: while one message is worked on, the next is on its
-    way; larger messages make the two ends wait for each other (docs/performance.md)."""
+    """Calls of different tasks in one message, at most half of all that are under way: while one
+    message is worked on, the next is on its way; larger messages make the two ends wait for each
+    other (docs/performance.md)."""
     message_bytes: int = 2**20
     """About the bytes of one message; a larger item goes by the unary form."""
     in_flight: int = 10_000
@@ -181,13 +182,16 @@ class Session:
         count = size = 0
         counting: list[Operation] = []
         ids: list[int] = []
+        # Two messages under way at a time keep both ends at work; one makes them take turns.
+        half = (len(pending) + len(still_open)) // 2
+        coalesced = min(bounds.coalesced_items, max(_LEAST_COALESCED, half))
         while pending:
             operation = pending[0]
             if operation.ended:
                 pending.popleft()
                 continue
             items = operation.item_count
-            most = bounds.message_items if items > 1 else bounds.coalesced_items
+            most = bounds.message_items if items > 1 else coalesced
             if count and (
                 count + items > most or size + operation.size_bytes > bounds.message_bytes
             ):
@@ -220,6 +224,9 @@ class Session:
             operation.batch_size = count
         return count > 0
 
+
+_LEAST_COALESCED: Final = 24
+"""Calls that go out together whatever is under way: a message of fewer costs more than it gains."""
 
 _STEPS: Final = ((1.0, 0.1), (0.1, 0.01), (0.0, 0.001))
 

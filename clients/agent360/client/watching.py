@@ -43,6 +43,8 @@ class Invalidation(Struct, frozen=True, gc=False):
     """All entries with any of these tags."""
     all: bool = False
     """The whole namespace."""
+    key_versions: tuple[int, ...] = ()
+    """Of ``keys``, what ``version`` is for each of them; empty: it stands for all."""
 
 
 class Reset(Struct, frozen=True, gc=False):
@@ -109,6 +111,7 @@ def read_event(response: cache_pb2.WatchResponse) -> Event | None:
                 message.prefix if scope == "prefix" else "",
                 tuple(message.tags.tags) if scope == "tags" else (),
                 scope == "all",
+                tuple(message.key_versions),
             )
         return Reset("an invalidation of a kind that this client does not know")
     return Reset(response.reset.reason) if kind == "reset" else None

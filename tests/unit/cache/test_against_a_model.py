@@ -17,9 +17,9 @@ from hypothesis.stateful import (
 from support.cache_domain import Cache, at_once
 
 from agent360.mesh.cache.admission import Bounds
+from agent360.mesh.cache.changes import Condition, Stored
 from agent360.mesh.cache.claims import Claim
 from agent360.mesh.cache.entry import Entry, Payload, size_of
-from agent360.mesh.cache.service import Condition, Stored
 
 Place = tuple[str, str]
 """A tenant and its namespace."""

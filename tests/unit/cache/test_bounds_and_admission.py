@@ -342,3 +342,17 @@ def test_every_entry_is_held_within_the_bounds_or_went_exactly_once(
         assert len(policy) == len(held) <= policy.bounds.entries
         assert policy.size_bytes == sum(each.size_bytes for each in held.values())
         assert policy.size_bytes <= policy.bounds.size_bytes
+
+
+def test_a_copy_is_taken_where_there_is_room_or_when_the_key_comes_again() -> None:
+    policy = TinyLfu(Bounds(2, 10 * KB))
+    assert policy.wants_copy(1, KB)
+    cache = Cache(Bounds(entries=2, size_bytes=1_000 * KB))
+    for key in ("a", "b"):
+        cache.put(key)
+    payload = Payload(b"v", 60.0)
+    assert not cache.store.wants_copy(cache.plans, "c", payload)
+    assert cache.store.wants_copy(cache.plans, "c", payload)
+    for number in range(5_000):
+        cache.store.wants_copy(cache.plans, f"passing{number}", payload)
+    assert not cache.store.wants_copy(cache.plans, "c", payload), "it was forgotten"

@@ -6,9 +6,9 @@ import pytest
 from support.cache_domain import Cache, at_once
 
 from agent360.client.errors import InvalidRequestError, MeshError
-from agent360.mesh.cache.claims import Claim
+from agent360.mesh.cache.changes import Stored
+from agent360.mesh.cache.claims import Claim, Claimed
 from agent360.mesh.cache.entry import Payload
-from agent360.mesh.cache.service import Claimed, Stored
 
 
 def claim(cache: Cache, key: str = "k", *, stale: bool = False, timeout_s: float = 10.0):
@@ -279,3 +279,24 @@ def test_a_finished_claim_leaves_no_timer_behind() -> None:
     assert all(timer.cancelled for timer in cache.clock.timers)
     cache.clock.advance(10.0)
     assert cache.value("k") == b"loaded"
+
+
+async def test_who_comes_to_wait_when_the_key_was_just_filled_gets_the_value() -> None:
+    cache = Cache()
+    token = token_of(claim(cache))
+    (late,) = waiting(cache)
+    assert fill(cache, token).stored, "before the waiter's first step"
+    assert (await soon(late)).entry.value == b"loaded"
+
+
+async def test_who_comes_to_wait_when_the_claim_just_ended_claims_anew() -> None:
+    cache = Cache()
+    claim(cache)
+    (first, second) = waiting(cache, 2)
+    cache.service.delete(cache.plans, "k", cache.clock.now())
+    token = token_of(await soon(first))
+    await asyncio.sleep(0)
+    assert not second.done()
+    assert fill(cache, token).stored
+    assert (await soon(second)).entry.value == b"loaded"
+    assert cache.plans.counts.misses == 3, "each lookup is counted once"

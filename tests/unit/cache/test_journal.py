@@ -171,3 +171,14 @@ async def test_a_copy_of_what_was_just_written_is_not_outdated_by_its_own_change
     assert (await anext(events)).change.version < stored.version
     at_once(cache.service.invalidate_prefix(cache.plans, "k"))
     assert (await anext(events)).change.version > stored.version
+
+
+async def test_writes_that_are_told_together_keep_their_own_versions() -> None:
+    journal = Journal(100, "epoch")
+    events = watch(journal)
+    await anext(events)
+    for key, version in (("a", 1), ("b", 5), ("a", 7)):
+        journal.add(written(key, version=version))
+    change = (await anext(events)).change
+    assert change is not None
+    assert (change.names, change.versions, change.version) == (("a", "b"), (7, 5), 7)

@@ -983,6 +983,7 @@ class Invalidation(_message.Message):
     TAGS_FIELD_NUMBER: _builtins.int
     ALL_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    KEY_VERSIONS_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     """The namespace."""
     prefix: _builtins.str
@@ -999,6 +1000,10 @@ class Invalidation(_message.Message):
     def tags(self) -> Global___TagList:
         """All entries with any of these tags."""
 
+    @_builtins.property
+    def key_versions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """With keys: the same for each of them, in their order. Empty: version stands for all."""
+
     def __init__(
         self,
         *,
@@ -1008,10 +1013,11 @@ class Invalidation(_message.Message):
         tags: Global___TagList | None = ...,
         all: _builtins.bool = ...,
         version: _builtins.int = ...,
+        key_versions: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "keys", b"keys", "prefix", b"prefix", "scope", b"scope", "tags", b"tags"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "keys", b"keys", "namespace", b"namespace", "prefix", b"prefix", "scope", b"scope", "tags", b"tags", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "key_versions", b"key_versions", "keys", b"keys", "namespace", b"namespace", "prefix", b"prefix", "scope", b"scope", "tags", b"tags", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_scope: _TypeAlias = _typing.Literal["keys", "prefix", "tags", "all"]  # noqa: Y015
     _WhichOneofArgType_scope: _TypeAlias = _typing.Literal["scope", b"scope"]  # noqa: Y015

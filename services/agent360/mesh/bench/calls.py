@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-import statistics
-import sys
 import tempfile
-import time
-from array import array
-from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any, Final
-
-import grpc
+from typing import Final
 
 from agent360.client import CheckRequest, Entry, Mesh
 from agent360.client.channel import open_channel
@@ -30,11 +22,12 @@ from agent360.mesh.bench.bare import (
     Subject,
     key_of,
 )
+from agent360.mesh.bench.processes import POLICIES_ON, bare_server
+from agent360.mesh.bench.timing import MESSAGE_ITEMS, Series, run_many, run_tasks
 from agent360.mesh.cli.supervisor import Supervisor
 from agent360.mesh.free_ports import free_ports
 
 TASKS: Final = (1, 64, 256, 1024)
-MESSAGE_ITEMS: Final = 1_000
 TENANT: Final = "bench"
 
 _LIMITS: Final = f"""
@@ -46,29 +39,6 @@ algorithm = "token_bucket"
 amount = 1000000000
 period = "1s"
 """
-
-
-@dataclass(slots=True)
-class Series:
-    """Rounds of one measurement."""
-
-    per_s: list[float] = field(default_factory=list)
-    """Calls a second, one figure a round."""
-    latencies_s: array[float] = field(default_factory=lambda: array("d"))
-    """Not a list: garbage collection would walk through a million latencies again and again."""
-    """Of single calls, over all rounds; empty where calls go out together."""
-
-    @property
-    def median_per_s(self) -> float:
-        """Median of the rounds."""
-        return statistics.median(self.per_s)
-
-    def quantile_ms(self, quantile: float) -> float | None:
-        """A latency quantile in milliseconds; None where there is none."""
-        if not self.latencies_s:
-            return None
-        ordered = sorted(self.latencies_s)
-        return ordered[min(len(ordered) - 1, int(quantile * len(ordered)))] * 1e3
 
 
 Results = dict[tuple[str, int], Series]
@@ -89,12 +59,11 @@ async def measure(rounds: int, seconds: float, report: Callable[[str], None]) ->
         limits.write_text(_LIMITS)
         bare_port, *ports = free_ports(4)
         await stack.enter_async_context(bare_server(bare_port))
-        policies_on = ["--set=quota.enabled=true", "--set=tracing.endpoint=http://127.0.0.1:4317"]
         mesh_processes = await stack.enter_async_context(
             Supervisor(
                 {
-                    "ratelimit": [f"--set=limits={limits}", *policies_on],
-                    "cache": policies_on,
+                    "ratelimit": [f"--set=limits={limits}", *POLICIES_ON],
+                    "cache": POLICIES_ON,
                 },
                 dict(zip(("ratelimit", "cache"), ports, strict=False)),
                 log_file=directory / "log",
@@ -202,48 +171,13 @@ async def _measure_subject(
                 ("coalesced", ours.call),
             ):
                 series = current.setdefault((kind, tasks), Series())
-                await _run_tasks(call, tasks, length, series)
+                await run_tasks(call, tasks, length, series)
         for kind, many in (
             ("bare_many", lambda count: bare.many(count, MESSAGE_ITEMS)),
             ("many", ours.many),
         ):
-            await _run_many(many, length, current.setdefault((kind, MESSAGE_ITEMS), Series()))
+            await run_many(many, length, current.setdefault((kind, MESSAGE_ITEMS), Series()))
     return results
-
-
-async def _run_tasks(
-    call: Callable[[int], Awaitable[None]], tasks: int, seconds: float, series: Series
-) -> None:
-    """Runs ``tasks`` tasks that call one after another, for a while and at least once."""
-    done = 0
-    latencies = array("d")
-    end = time.perf_counter() + seconds
-
-    async def work(first: int) -> None:
-        nonlocal done
-        number, started = first, time.perf_counter()
-        while True:
-            await call(number)
-            ended = time.perf_counter()
-            latencies.append(ended - started)
-            done += 1
-            if ended >= end:
-                return
-            number, started = number + tasks, ended
-
-    started = time.perf_counter()
-    await asyncio.gather(*(work(first) for first in range(tasks)))
-    series.per_s.append(done / (time.perf_counter() - started))
-    series.latencies_s += latencies
-
-
-async def _run_many(many: Callable[[int], Awaitable[None]], seconds: float, series: Series) -> None:
-    done, count = 0, 20 * MESSAGE_ITEMS
-    started = time.perf_counter()
-    while not done or time.perf_counter() - started < seconds:
-        await many(count)
-        done += count
-    series.per_s.append(done / (time.perf_counter() - started))
 
 
 def flatten(found: dict[str, Results]) -> dict[str, float]:
@@ -260,22 +194,3 @@ def flatten(found: dict[str, Results]) -> dict[str, float]:
             flat[f"{key}_coalesced_{tasks}"] = ratio("coalesced", "bare_unary", tasks)
         flat[f"{key}_many_{MESSAGE_ITEMS}"] = ratio("many", "bare_many", MESSAGE_ITEMS)
     return {name: round(value, 3) for name, value in flat.items()}
-
-
-@asynccontextmanager
-async def bare_server(port: int) -> Any:
-    """Runs the bare server in a process of its own."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "agent360.mesh.bench.bare", str(port)
-    )
-    try:
-        async with open_channel(f"127.0.0.1:{port}") as channel:
-            async with asyncio.timeout(20):
-                state = channel.get_state(try_to_connect=True)
-                while state is not grpc.ChannelConnectivity.READY:
-                    await channel.wait_for_state_change(state)
-                    state = channel.get_state(try_to_connect=True)
-        yield
-    finally:
-        process.terminate()
-        await process.wait()

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from agent360.mesh.bench.bare import CHECK, GET
-from agent360.mesh.bench.calls import MESSAGE_ITEMS, TASKS, Results
+from agent360.mesh.bench.calls import TASKS, Results
+from agent360.mesh.bench.timing import MESSAGE_ITEMS
 
 _TITLES = {
     "bare_unary": "(a) bare unary",

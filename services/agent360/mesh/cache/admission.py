@@ -13,6 +13,7 @@ from agent360.mesh.cache.window import WindowShare
 _PROTECTED_SHARE: Final = 0.8
 _READS_PER_ENTRY: Final = 10
 _LEAST_SAMPLE: Final = 1_000
+_MOST_TURNED_DOWN: Final = 100_000
 _UNBEATEN: Final = 1 << 30
 
 
@@ -84,7 +85,9 @@ class TinyLfu:
     it would push out were together: a large one must be worth the several small ones whose room it
     takes. Uses are counted over a sample that ages, so that yesterday's keys do not stay for ever.
 
-    Invariant: after ``add``, ``resized`` and ``shrink`` what is held is within ``bounds``.
+    Invariant: after ``add``, ``resized`` and ``shrink`` what is held is within ``bounds``, and
+    ``size_bytes`` is the sum over the segments. Within them both count a candidate for admission,
+    which is in no segment.
 
     Sources: Einziger, Friedman and Manes, "TinyLFU: a highly efficient cache admission policy",
     2017; Einziger, Eytan, Friedman and Manes, "Lightweight robust size aware cache management",
@@ -92,8 +95,9 @@ class TinyLfu:
     """
 
     __slots__ = (
-        "_probation", "_protected", "_protected_bounds", "_share", "_sketch",
-        "_used", "_window", "_window_bounds", "bounds", "epoch",
+        "_held", "_probation", "_protected", "_protected_bounds", "_sample", "_share", "_sketch",
+        "_turned_down", "_turned_down_before", "_used", "_window", "_window_bounds", "bounds",
+        "epoch", "size_bytes",
     )  # fmt: skip
 
     def __init__(self, bounds: Bounds) -> None:
@@ -106,14 +110,15 @@ class TinyLfu:
         self._protected = Segment()
         self._sketch = FrequencySketch()
         self._used = 0
+        self._sample = _LEAST_SAMPLE
+        self._held = 0
+        self._turned_down: set[int] = set()
+        self._turned_down_before: set[int] = set()
+        self.size_bytes = 0
+        """Bytes of all entries."""
 
     def __len__(self) -> int:
-        return len(self._window.order) + len(self._probation.order) + len(self._protected.order)
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of all entries."""
-        return self._window.size_bytes + self._probation.size_bytes + self._protected.size_bytes
+        return self._held
 
     def used(self, entries: Iterable[Entry]) -> None:
         """Notes reads, one for each element; entries that are gone meanwhile are passed over."""
@@ -148,6 +153,8 @@ class TinyLfu:
             self._divide()
         self._count(1)
         outcome = Outcome([], [], [])
+        self._held += 1
+        self.size_bytes += entry.size_bytes
         if always:
             self._admit(entry, _UNBEATEN, outcome)
         else:
@@ -157,12 +164,30 @@ class TinyLfu:
         self._settle(outcome)
         return outcome
 
+    def wants_copy(self, key_hash: int, size_bytes: int) -> bool:
+        """Whether to take an entry that can be had again from elsewhere.
+
+        It is where there is room, or where the key was turned down before of late: what comes once
+        pushes nothing out.
+        """
+        bounds, turned_down = self.bounds, self._turned_down
+        if self._held < bounds.entries and self.size_bytes + size_bytes <= bounds.size_bytes:
+            return True
+        if key_hash in turned_down or key_hash in self._turned_down_before:
+            return True
+        turned_down.add(key_hash)
+        if len(turned_down) >= max(_LEAST_SAMPLE, min(self._held, _MOST_TURNED_DOWN)):
+            self._turned_down, self._turned_down_before = set(), turned_down
+        return False
+
     def resized(self, entry: Entry, old_size_bytes: int) -> Outcome:
         """Notes that a held entry was rewritten with another size."""
         segment = entry.segment
         if segment is None:
             raise ValueError("the entry is not held")
-        segment.size_bytes += entry.size_bytes - old_size_bytes
+        grown = entry.size_bytes - old_size_bytes
+        segment.size_bytes += grown
+        self.size_bytes += grown
         self.used((entry,))
         outcome = Outcome([], [], [])
         self._settle(outcome)
@@ -172,7 +197,7 @@ class TinyLfu:
         """Lets go of a held entry; how often it was used is remembered."""
         if entry.segment is not None:
             entry.segment.discard(entry)
-            self._remember(entry)
+            self._forget(entry)
 
     def rebound(self, bounds: Bounds) -> None:
         """Changes the bounds; what is over goes at the next ``add``, or by ``shrink``."""
@@ -200,15 +225,15 @@ class TinyLfu:
         while window.exceeds(self._window_bounds):
             candidate = window.pop_oldest()
             self._admit(candidate, self._frequency(candidate), outcome)
-        while (victims := self._excess(0, 0, _UNBEATEN)) is not None and victims:
+        while victims := self._excess(_UNBEATEN):
             # Without a candidate: an entry or the window grew, or the bounds shrank.
             self._push_out(victims, outcome)
 
     def _admit(self, candidate: Entry, frequency: int, outcome: Outcome) -> None:
         """Lets a candidate in if ``frequency`` is above that of what it would push out."""
-        victims = self._excess(1, candidate.size_bytes, frequency)
+        victims = self._excess(frequency)
         if victims is None:
-            self._remember(candidate)
+            self._forget(candidate)
             self._share.note_refused(candidate.key_hash)
             outcome.rejected.append(candidate)
             return
@@ -216,10 +241,10 @@ class TinyLfu:
         self._probation.add(candidate)
         outcome.admitted.append(candidate)
 
-    def _excess(self, entries: int, size_bytes: int, frequency: int) -> list[Entry] | None:
+    def _excess(self, frequency: int) -> list[Entry] | None:
         """The oldest entries whose going makes room; None if used as much as ``frequency``."""
-        entries += len(self) - self.bounds.entries
-        size_bytes += self.size_bytes - self.bounds.size_bytes
+        entries = self._held - self.bounds.entries
+        size_bytes = self.size_bytes - self.bounds.size_bytes
         victims: list[Entry] = []
         if entries <= 0 and size_bytes <= 0:
             return victims
@@ -248,7 +273,10 @@ class TinyLfu:
         while protected.exceeds(self._protected_bounds):
             self._probation.add(protected.pop_oldest())
 
-    def _remember(self, entry: Entry) -> None:
+    def _forget(self, entry: Entry) -> None:
+        """Lets go of an entry that is in no segment; how often it was used is remembered."""
+        self._held -= 1
+        self.size_bytes -= entry.size_bytes
         self._sketch.record(entry.key_hash, self._frequency(entry))
 
     def _frequency(self, entry: Entry) -> int:
@@ -257,10 +285,13 @@ class TinyLfu:
     def _count(self, uses: int) -> None:
         """Ages all counts once the entries were used ten times each on average."""
         self._used += uses
-        held = len(self)
-        if self._used >= max(_LEAST_SAMPLE, held * _READS_PER_ENTRY):
+        if self._used < self._sample:
+            return
+        held = self._held
+        self._sample = max(_LEAST_SAMPLE, held * _READS_PER_ENTRY)
+        if self._used >= self._sample:
             self._used = 0
             self.epoch += 1
             self._sketch.fit(held)
-            self._share.fit(held)
             self._sketch.halve()
+            self._share.fit(held)

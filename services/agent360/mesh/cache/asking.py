@@ -115,7 +115,7 @@ class Asking:
         """Asks who may fill, together with whatever else is asked in this turn of the loop."""
         if claim.asking:
             return
-        claim.asking, claim.released = True, False
+        claim.asking, claim.released, claim.doubted = True, False, False
         if not self._waiting:
             asyncio.get_running_loop().call_soon(self._send)
         self._waiting.append(claim)
@@ -166,12 +166,9 @@ class Asking:
     def orphaned(self, claim: Claim) -> None:
         """The filler is out of time or has left: the store is told, so that others may fill."""
         sealed = open_token(claim.token) if claim.token else None
-        if sealed is not None and self._shared.available:
+        if sealed is not None:
             self._replica.spawn(self._give_back(claim.space, claim.key, sealed.nonce))
-        if self._shared.available:
-            self.lost(claim)
-        else:
-            self._claims.pass_on(claim)
+        self.lost(claim)
 
     # ---------------------------------------------------------------- asking
 
@@ -184,9 +181,11 @@ class Asking:
         answers = await self._shared.claim(asks)
         for claim, ask, answer in zip(claims, asks, answers, strict=True):
             claim.asking = False
-            if self._claims.find(claim.space, claim.key) is claim:
+            if not claim.ended:
                 self._decide(claim, ask, answer)
-            elif isinstance(answer, SharedClaim) and answer.granted:
+                continue
+            self._count_misses(claim)
+            if isinstance(answer, SharedClaim) and answer.granted:
                 self._replica.spawn(self._give_back(claim.space, claim.key, ask.nonce))
 
     def _asked(self, claim: Claim) -> SharedAsk:
@@ -209,20 +208,23 @@ class Asking:
         entry = answer.entry
         believed = entry is not None and self._replica.believes(claim.space, claim.key, entry)
         if not answer.granted and not answer.remaining_s:
-            if entry is None or entry.version < claim.floor:
+            if entry is None or entry.version < claim.floor or claim.doubted:
                 self.ask(claim)
             elif not believed:
                 self._decide_alone(claim, degraded=False)
             else:
                 self._settle_fresh(claim, entry)
             return
-        claim.decided_at = answer.decided_at
+        claim.decided, claim.decided_at = True, answer.decided_at
         self._count_misses(claim)
+        if answer.granted and claim.floor > answer.decided_at:
+            self._replica.spawn(self._ask_anew(claim, ask.nonce))
+            return
         if claim.floor > answer.decided_at or (claim.released and not answer.granted):
             self.ask(claim)
             return
         held = None
-        if believed and entry is not None:
+        if believed and entry is not None and not claim.doubted:
             held = self._replica.hold(claim.space, claim.key, entry)
         if answer.granted:
             self._grant(claim, ask, held)
@@ -243,16 +245,16 @@ class Asking:
             return
         token = seal_token(ask.nonce, claim.space.name, claim.key)
         grant = self._claims.grant(claim, ask.timeout_s, token)
-        stale = self._stale(claim, held)
-        fresh = self._to_refresh(claim)
-        self._claims.give(claim, grant, fresh or (stale if waiter.allow_stale else None))
+        stale, fresh = self._stale(held), self._to_refresh(claim)
+        entry = fresh or (stale if waiter.allow_stale else None)
+        self._claims.give(claim, Claimed(entry, grant))
         self._answer_with_what_is_there(claim, fresh, stale)
 
     def _wait_for_another(self, claim: Claim, answer: SharedClaim, held: Entry | None) -> None:
         if answer.failed and held is not None:
             self._claims.fail(claim, held, answer.remaining_s)
             return
-        self._answer_with_what_is_there(claim, self._to_refresh(claim), self._stale(claim, held))
+        self._answer_with_what_is_there(claim, self._to_refresh(claim), self._stale(held))
         delay_s = answer.remaining_s + _LOOK_AFTER_S
         if not self._shared.listening:
             delay_s = min(delay_s, _DEAF_LOOK_S)
@@ -271,8 +273,10 @@ class Asking:
         elif waiter is None:
             self._claims.end(claim)
         else:
-            stale = self._stale(claim, None) if waiter.allow_stale else None
-            self._claims.give(claim, self._claims.grant(claim, waiter.timeout_s), stale)
+            copy = self._replica.in_memory(claim.space, claim.key) if degraded else None
+            stale = self._stale(copy) if waiter.allow_stale else None
+            grant = self._claims.grant(claim, waiter.timeout_s)
+            self._claims.give(claim, Claimed(stale, grant, degraded=degraded))
 
     def _answer_with_what_is_there(
         self, claim: Claim, fresh: Entry | None, stale: Entry | None
@@ -290,9 +294,8 @@ class Asking:
         fresh = entry is not None and self._clock.now() < entry.fresh_until
         return entry if fresh else None
 
-    def _stale(self, claim: Claim, held: Entry | None) -> Entry | None:
-        """A stale entry that may be handed to who allows that."""
-        entry = held or self._replica.in_memory(claim.space, claim.key)
+    def _stale(self, entry: Entry | None) -> Entry | None:
+        """An entry, if it may be handed to who takes a stale one."""
         if entry is None or self._clock.now() >= entry.stale_until:
             return None
         return entry
@@ -302,6 +305,13 @@ class Asking:
         for _ in range(claim.uncounted):
             self._replica.note_miss(claim.space, claim.key, now)
         claim.uncounted = 0
+
+    async def _ask_anew(self, claim: Claim, nonce: str) -> None:
+        """What was granted was taken away again by a change: it is given back and asked for."""
+        with self.deciding(claim):
+            await self._give_back(claim.space, claim.key, nonce)
+        if not claim.ended:
+            self.lost(claim)
 
     async def _give_back(self, space: Space, key: str, nonce: str) -> None:
         await self._shared.release(space, key, nonce, 0.0)

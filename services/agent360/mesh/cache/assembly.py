@@ -12,7 +12,8 @@ from agent360.mesh.cache.exposition import StoreCollector
 from agent360.mesh.cache.last_run import LastRun
 from agent360.mesh.cache.policy import policies_by_rule
 from agent360.mesh.cache.ports import AuditTrail, Clock
-from agent360.mesh.cache.service import CacheService, Limits
+from agent360.mesh.cache.replica import Limits
+from agent360.mesh.cache.service import CacheService
 from agent360.mesh.cache.settings import CacheSettings
 from agent360.mesh.cache.shared_service import SharedCacheService
 from agent360.mesh.cache.sharing import SharedStore

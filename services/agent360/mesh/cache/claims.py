@@ -54,8 +54,9 @@ class Claim:
     """
 
     __slots__ = (
-        "asking", "began", "decided_at", "eager", "floor", "key", "released", "space", "stand_in",
-        "timeout_s", "timer", "token", "uncounted", "void_tags", "waiters",
+        "asking", "began", "decided", "decided_at", "doubted", "eager", "ended", "floor", "key",
+        "released", "result", "space", "stand_in", "timeout_s", "timer", "token", "uncounted",
+        "void_tags", "waiters",
     )  # fmt: skip
 
     def __init__(self, space: Space, key: str) -> None:
@@ -69,18 +70,26 @@ class Claim:
         """Tags that were invalidated since the claim: an entry with one of them is outdated."""
         self.waiters: OrderedDict[asyncio.Future[Claimed], Waiter] = OrderedDict()
         """Those who wait, in order."""
+        self.ended = False
+        """Whether it is no longer open: who comes to wait for it now is not answered any more."""
+        self.result: Claimed | None = None
+        """What those who waited got when it ended, if it was a result."""
         self.asking = False
         """Whether the shared store is deciding: who may fill, or whether a fill is still wanted."""
         self.timeout_s = 0.0
         """How long the fill of the caller that began it may take."""
         self.eager = False
         """Whether it is to refresh an entry that is still fresh."""
+        self.decided = False
+        """Whether the shared store has decided before."""
         self.decided_at = 0
         """The last version that had been given when the shared store decided."""
         self.floor = 0
         """The version of the last change of the key that was heard of."""
         self.released = False
         """Whether the holder was heard to have given up while the store was being asked."""
+        self.doubted = False
+        """Whether something was heard, or may have gone unheard, that may concern the entry."""
         self.uncounted = 0
         """Lookups of those who wait for the store's first answer: hits or misses, it will show."""
 
@@ -187,6 +196,7 @@ class Claims:
 
     def settle(self, claim: Claim, result: Claimed) -> None:
         """Ends a claim: all who wait get the result."""
+        claim.result = result
         self.end(claim)
         self.answer(claim, result)
 
@@ -212,7 +222,7 @@ class Claims:
         if waiter is None:
             self.end(claim)
         else:
-            self.give(claim, self.grant(claim, waiter.timeout_s))
+            self.give(claim, Claimed(None, self.grant(claim, waiter.timeout_s)))
 
     def first_waiter(self, claim: Claim) -> Waiter | None:
         """Who waits longest; None if nobody waits."""
@@ -229,10 +239,10 @@ class Claims:
                 future.set_result(result)
         claim.waiters.clear()
 
-    def give(self, claim: Claim, grant: Grant, entry: Entry | None = None) -> None:
+    def give(self, claim: Claim, result: Claimed) -> None:
         """Hands a grant to who waits longest; there must be somebody."""
         future, _ = claim.waiters.popitem(last=False)
-        future.set_result(Claimed(entry, grant))
+        future.set_result(result)
 
     def hand_back(self, result: Claimed) -> None:
         """A caller left in the moment in which it got the claim: the next one gets it."""
@@ -293,6 +303,7 @@ class Claims:
 
     def end(self, claim: Claim) -> None:
         """Ends a claim that nobody waits for."""
+        claim.ended = True
         self.revoke(claim)
         if self._by_key.get((claim.space, claim.key)) is claim:
             del self._by_key[claim.space, claim.key]

@@ -85,17 +85,19 @@ class Entry:
         """Whether the entry is of its namespace's present version."""
         return self.generation == self.space.generation
 
-    def write(self, payload: Payload, fresh_until: float, version: int) -> None:
+    def write(self, payload: Payload, fresh_until: float, version: int, size_bytes: int) -> None:
         """Takes over a payload; the caller accounts for the change of ``size_bytes``."""
-        self.value = payload.value
-        self.content_type = payload.content_type
-        self.tags = tuple(dict.fromkeys(payload.tags)) if payload.tags else ()
-        self.ttl_s = payload.ttl_s
+        value, ttl_s, stale_ttl_s, content_type, tags = payload
+        self.value = value
+        self.content_type = content_type
+        self.tags = tuple(dict.fromkeys(tags)) if tags else ()
+        self.ttl_s = ttl_s
         self.fresh_until = fresh_until
-        self.stale_until = fresh_until + payload.stale_ttl_s
-        self.gone_at = fresh_until + max(payload.stale_ttl_s, self.space.policy.fail_safe_s)
+        self.stale_until = fresh_until + stale_ttl_s
+        fail_safe_s = self.space.policy.fail_safe_s
+        self.gone_at = fresh_until + max(stale_ttl_s, fail_safe_s)
         self.version = version
-        self.size_bytes = size_of(self.key, payload)
+        self.size_bytes = size_bytes
 
 
 def size_of(key: str, payload: Payload) -> int:

@@ -23,11 +23,24 @@ class StoreCollector:
         counts = self._store.totals()
         lookups = CounterMetricFamily("cache_lookups", "Lookups by outcome.", labels=["outcome"])
         lookups.add_metric(["hit"], counts.hits)
+        lookups.add_metric(["shared_hit"], counts.shared_hits)
         lookups.add_metric(["stale"], counts.stale_hits)
         lookups.add_metric(["miss"], counts.misses)
         yield lookups
+        yield CounterMetricFamily(
+            "cache_fail_safe", "Stale entries that stood in after a failure.", counts.fail_safe_hits
+        )
+        yield CounterMetricFamily(
+            "cache_degraded", "Lookups while the shared store was away.", counts.degraded
+        )
         yield CounterMetricFamily("cache_writes", "Entries written.", counts.sets)
-        yield CounterMetricFamily("cache_fills", "Entries written by claimers.", counts.fills)
+        fills = CounterMetricFamily("cache_fills", "Fills of claimed keys.", labels=["outcome"])
+        fills.add_metric(["filled"], counts.fills)
+        fills.add_metric(["failed"], counts.fill_failures)
+        yield fills
+        yield CounterMetricFamily(
+            "cache_fill_seconds", "Time between claim and fill, added up.", counts.fill_time_s
+        )
         admissions = CounterMetricFamily(
             "cache_admissions", "Entries the policy let in or refused.", labels=["decision"]
         )

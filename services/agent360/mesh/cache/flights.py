@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from agent360.mesh.cache.entry import Space
+from agent360.mesh.cache.entry import Entry, Space
 from agent360.mesh.cache.sharing import Away, SharedEntry
 
 
@@ -17,7 +17,7 @@ class Flight:
     gone unheard.
     """
 
-    __slots__ = ("again", "done", "floor", "found", "key", "space", "waiter")
+    __slots__ = ("again", "done", "entry", "floor", "found", "key", "space", "waiter")
 
     def __init__(self, space: Space, key: str) -> None:
         self.space = space
@@ -26,26 +26,31 @@ class Flight:
         self.again = False
         self.done = False
         self.found: SharedEntry | Away | None = None
+        self.entry: Entry | None = None
         self.waiter: asyncio.Future[None] | None = None
 
     def outdates(self, version: int) -> bool:
         """Whether an answer of that version (0: that there is none) may be outdated."""
         return self.again or version < self.floor
 
-    def land(self, found: SharedEntry | Away | None) -> None:
-        """It is over; all who wait for it are told."""
-        self.found = found
+    def land(self, found: SharedEntry | Away | None, entry: Entry | None = None) -> None:
+        """It is over; all who wait for it are told.
+
+        Args:
+            found: the answer.
+            entry: what is served of it.
+        """
+        self.found, self.entry = found, entry
         self.done = True
         if self.waiter is not None and not self.waiter.done():
             self.waiter.set_result(None)
 
-    async def landed(self) -> SharedEntry | Away | None:
-        """What was found, once it is over."""
+    async def landed(self) -> None:
+        """Returns once it is over."""
         if not self.done:
             if self.waiter is None:
                 self.waiter = asyncio.get_running_loop().create_future()
             await asyncio.shield(self.waiter)
-        return self.found
 
 
 class Flights:

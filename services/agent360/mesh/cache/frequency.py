@@ -9,7 +9,6 @@ MAX_FREQUENCY: Final = 15
 _HALVED: Final = bytes(value >> 1 for value in range(256))
 _SLOTS_PER_KEY: Final = 8
 _LEAST_SLOTS: Final = 1 << 12
-_MASK64: Final = (1 << 64) - 1
 
 
 class FrequencySketch:
@@ -62,6 +61,5 @@ class FrequencySketch:
 
 
 def _mix(key_hash: int) -> int:
-    """Spreads a hash over 64 bits (the finalizer of SplitMix64, shortened)."""
-    mixed = ((key_hash ^ (key_hash >> 32)) * 0x9E3779B97F4A7C15) & _MASK64
-    return mixed ^ (mixed >> 29)
+    """Spreads a hash over 64 bits; a tuple's hash does (a round of xxHash), and at no cost."""
+    return hash((key_hash,))

@@ -27,6 +27,8 @@ class Change(NamedTuple):
     """Keys, one prefix, or tags; empty for the whole namespace."""
     version: int
     """Copies up to this version are outdated; 0: all copies."""
+    versions: tuple[int, ...] = ()
+    """Of keys, the same for each of them; empty: ``version`` stands for all."""
 
 
 class Event(NamedTuple):
@@ -135,8 +137,7 @@ class Journal:
         ring = self._ring
         offset = position - (self._last - len(ring))
         found: Change | None = None
-        keys: dict[str, None] = {}
-        version = 0
+        keys: dict[str, int] = {}
         while offset < len(ring):
             change = ring[offset]
             if namespaces and change.namespace not in namespaces:
@@ -153,12 +154,14 @@ class Journal:
                 or len(keys) + len(change.names) > KEYS_AT_ONCE
             ):
                 break
-            keys.update(dict.fromkeys(change.names))
-            version = max(version, change.version)
+            for key in change.names:
+                keys[key] = max(change.version, keys.get(key, 0))
             offset += 1
         position = self._last - len(ring) + offset
         if found is not None and keys:
-            found = found._replace(names=tuple(keys), version=version)
+            version = max(keys.values())
+            exact = () if version == min(keys.values()) else tuple(keys.values())
+            found = found._replace(names=tuple(keys), version=version, versions=exact)
         return found, position
 
     async def _changed(self, clock: Clock, within_s: float) -> bool:

@@ -16,33 +16,36 @@ class Debt(NamedTuple):
 
     space: Space
     scope: Scope
-    names: tuple[str, ...]
-    serial: int
-    """Of the last change of the namespace that was noted."""
+    names: dict[str, int]
+    """Keys, prefixes or tags; of each, up to which version entries must go. ``""`` for all."""
 
 
 class _Owed:
-    """The debts of one namespace."""
+    """The debts of one namespace: names by scope, with the version up to which entries must go."""
 
-    __slots__ = ("all", "keys", "prefixes", "serial", "tags")
+    __slots__ = ("all", "keys", "prefixes", "tags")
 
     def __init__(self) -> None:
-        self.keys: dict[str, None] = {}
-        self.prefixes: dict[str, None] = {}
-        self.tags: dict[str, None] = {}
-        self.all = False
-        self.serial = 0
+        self.keys: dict[str, int] = {}
+        self.prefixes: dict[str, int] = {}
+        self.tags: dict[str, int] = {}
+        self.all: dict[str, int] = {}
+
+    def names(self, scope: Scope) -> dict[str, int]:
+        """The names of a scope."""
+        by_scope = {"keys": self.keys, "prefix": self.prefixes, "tags": self.tags, "all": self.all}
+        return by_scope[scope]
 
     def __len__(self) -> int:
-        return len(self.keys) + len(self.prefixes) + len(self.tags)
+        return len(self.keys) + len(self.prefixes) + len(self.tags) + len(self.all)
 
 
 class OwedChanges:
     """Writes and removals that only this replica has carried out.
 
-    Until they are made up for, what the shared store has of them is older than what was written or
-    removed here, and must not be served. Writes are made up for by removal: whether another
-    replica wrote later is not known. Too many of one namespace become a debt of all of it.
+    Until they are made up for, what the shared store has of them, up to the version at which they
+    were made, must not be served. Writes are made up for by removal; what others wrote later than
+    that stays. Too many of one namespace become a debt of all of it.
     """
 
     def __init__(self) -> None:
@@ -52,76 +55,52 @@ class OwedChanges:
         """Whether anything is owed."""
         return bool(self._by_space)
 
-    def add(self, space: Space, scope: Scope, names: Sequence[str]) -> None:
-        """Notes a change."""
-        owed = self._by_space.setdefault(space, _Owed())
-        owed.serial += 1
-        if owed.all:
-            return
-        match scope:
-            case "keys":
-                owed.keys.update(dict.fromkeys(names))
-            case "prefix":
-                owed.prefixes.update(dict.fromkeys(names))
-            case "tags":
-                owed.tags.update(dict.fromkeys(names))
-            case "all":
-                owed.all = True
-        if owed.all or len(owed) > _MAX_NAMES:
-            owed.all = True
-            owed.keys, owed.prefixes, owed.tags = {}, {}, {}
+    def add(self, space: Space, scope: Scope, names: Sequence[str], version: int) -> None:
+        """Notes a change.
 
-    def covers(self, space: Space, key: str) -> bool:
-        """Whether what the shared store has under a key may be older than what was done here."""
+        Args:
+            space: where.
+            scope: what ``names`` are.
+            names: keys, prefixes or tags; none for all.
+            version: above that of any entry that the store had then.
+        """
+        owed = self._by_space.setdefault(space, _Owed())
+        if scope == "all" or len(owed) + len(names) > _MAX_NAMES:
+            owed.all[""] = version
+            for each in (owed.keys, owed.prefixes, owed.tags):
+                each.clear()
+        else:
+            owed.names(scope).update(dict.fromkeys(names, version))
+
+    def owes(self, space: Space, key: str) -> bool:
+        """Whether a key was changed here alone."""
+        return self.covers(space, key, 1)
+
+    def covers(self, space: Space, key: str, version: int) -> bool:
+        """Whether an entry of the shared store may be older than what was done here."""
         owed = self._by_space.get(space)
         if owed is None:
             return False
-        return (
-            owed.all
-            or bool(owed.tags)
-            or key in owed.keys
-            or any(key.startswith(prefix) for prefix in owed.prefixes)
-        )
-
-    def written(self, space: Space, key: str) -> None:
-        """The shared store has a newer entry under the key: nothing is owed for it."""
-        owed = self._by_space.get(space)
-        if owed is not None and owed.keys.pop(key, _MISSING) is None:
-            self._drop_if_empty(space, owed)
+        bounds = [owed.keys.get(key, 0), *owed.tags.values(), *owed.all.values()]
+        bounds += [bound for prefix, bound in owed.prefixes.items() if key.startswith(prefix)]
+        return version <= max(bounds)
 
     def debts(self) -> Iterator[Debt]:
         """Everything owed, in parts that can be settled one by one."""
+        scopes: tuple[Scope, ...] = ("all", "prefix", "tags", "keys")
         for space, owed in list(self._by_space.items()):
-            if owed.all:
-                yield Debt(space, "all", (), owed.serial)
-            for prefix in list(owed.prefixes):
-                yield Debt(space, "prefix", (prefix,), owed.serial)
-            if owed.tags:
-                yield Debt(space, "tags", tuple(owed.tags), owed.serial)
-            if owed.keys:
-                yield Debt(space, "keys", tuple(owed.keys), owed.serial)
+            for scope in scopes:
+                if names := owed.names(scope):
+                    yield Debt(space, scope, dict(names))
 
     def paid(self, debt: Debt) -> None:
-        """A debt was made up for; if more was noted meanwhile, it stays and is paid once more."""
+        """A debt was made up for; what was noted again meanwhile stays."""
         owed = self._by_space.get(debt.space)
-        if owed is None or owed.serial != debt.serial:
+        if owed is None:
             return
-        match debt.scope:
-            case "keys":
-                for key in debt.names:
-                    owed.keys.pop(key, None)
-            case "prefix":
-                owed.prefixes.pop(debt.names[0], None)
-            case "tags":
-                for tag in debt.names:
-                    owed.tags.pop(tag, None)
-            case "all":
-                owed.all = False
-        self._drop_if_empty(debt.space, owed)
-
-    def _drop_if_empty(self, space: Space, owed: _Owed) -> None:
-        if not owed.all and not len(owed):
-            del self._by_space[space]
-
-
-_MISSING: Final = object()
+        names = owed.names(debt.scope)
+        for name, version in debt.names.items():
+            if names.get(name) == version:
+                del names[name]
+        if not len(owed):
+            del self._by_space[debt.space]

@@ -53,6 +53,9 @@ class Store(Protocol):
     def note_reads(self) -> None:
         """Tells the eviction policy of the lookups since the last time."""
 
+    def settle_reads(self) -> None:
+        """The same, however few they are."""
+
     def peek(self, space: Space, key: str, now: float) -> Entry | None:
         """The entry that is there, fresh or not; nothing is counted."""
 
@@ -75,6 +78,9 @@ class Store(Protocol):
             version: of the entry.
             fresh_until: on the same clock; None: its TTL from now.
         """
+
+    def wants_copy(self, space: Space, key: str, payload: Payload) -> bool:
+        """Whether an entry that is also elsewhere, and not here, is worth its room."""
 
     def remove(self, entry: Entry) -> None:
         """Removes an entry, if it is held."""

@@ -16,7 +16,7 @@ from agent360.mesh.cache.changes import Scope, Stored
 from agent360.mesh.cache.claims import Claim, Claimed
 from agent360.mesh.cache.clock import LoopClock
 from agent360.mesh.cache.entry import Payload, Space
-from agent360.mesh.cache.service import Write, count_stored
+from agent360.mesh.cache.replica import Write, count_stored
 from agent360.mesh.cache.settings import CacheSettings
 from agent360.mesh.cache.warming import at_once, warm
 from agent360.mesh.cache.wire import requests as read

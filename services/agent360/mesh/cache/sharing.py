@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from enum import Enum
 from typing import Final, NamedTuple, Protocol
 
@@ -126,8 +126,15 @@ class SharedStore(Protocol):
     async def write(self, writes: Sequence[SharedWrite]) -> Sequence[SharedWritten | Away]:
         """Writes entries; ends the claims of their keys."""
 
-    async def delete(self, wanted: Sequence[tuple[Space, str]]) -> Sequence[SharedRemoved | Away]:
-        """Removes entries by key; takes the claims of their keys away."""
+    async def delete(
+        self, wanted: Sequence[tuple[Space, str]], upto: Collection[int] = ()
+    ) -> Sequence[SharedRemoved | Away]:
+        """Removes entries by key; takes the claims of their keys away.
+
+        Args:
+            wanted: the keys.
+            upto: of each key, the version above which its entry stays; empty: none stays.
+        """
 
     async def claim(self, asks: Sequence[SharedAsk]) -> Sequence[SharedClaim | Away]:
         """Reads entries, or claims keys."""
@@ -142,11 +149,13 @@ class SharedStore(Protocol):
     ) -> SharedEntry | Away | None:
         """Gives a claim up; an entry that is there stands in for ``pause_s`` and is returned."""
 
-    async def remove_prefix(self, space: Space, prefix: str) -> SharedRemoved | Away:
-        """Removes entries by prefix."""
+    async def remove_prefix(self, space: Space, prefix: str, upto: int = 0) -> SharedRemoved | Away:
+        """Removes entries by prefix; those above version ``upto`` stay, if that is not 0."""
 
-    async def remove_tags(self, space: Space, tags: Sequence[str]) -> SharedRemoved | Away:
-        """Removes entries by tag."""
+    async def remove_tags(
+        self, space: Space, tags: Sequence[str], upto: int = 0
+    ) -> SharedRemoved | Away:
+        """Removes entries by tag; those above version ``upto`` stay, if that is not 0."""
 
     async def move(
         self, space: Space, warm: Sequence[tuple[str, Payload]]
@@ -170,9 +179,19 @@ class Listener(Protocol):
         """Keys were written or removed; entries below the versions are outdated."""
 
     def invalidated(
-        self, tenant: str, namespace: str, scope: Scope, names: Sequence[str], version: int
+        self,
+        tenant: str,
+        namespace: str,
+        scope: Scope,
+        names: Sequence[str],
+        version: int,
+        within: Callable[[str], bool],
     ) -> None:
-        """Entries up to a version were removed: of a prefix, of tags, or all."""
+        """Entries up to a version were removed: of a prefix, of tags, or all.
+
+        Versions tell the order of changes within a part of the namespace: ``within`` says which
+        keys the version is for.
+        """
 
     def released(self, tenant: str, namespace: str, key: str) -> None:
         """A claim ended without a fill."""

@@ -14,20 +14,42 @@ bench = typer.Typer(help="Benchmarks; they report, and judge nothing.", no_args_
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the ratios to this file.")]
 
 
+Rounds = Annotated[int, typer.Option(min=1, help="How often each figure is taken.")]
+Seconds = Annotated[float, typer.Option(min=0.05, help="Length of one measurement.")]
+
+
 @bench.command()
 def calls(
-    rounds: Annotated[int, typer.Option(min=1, help="How often each figure is taken.")] = 5,
-    seconds: Annotated[float, typer.Option(min=0.05, help="Length of one measurement.")] = 1.0,
+    rounds: Rounds = 5,
+    seconds: Seconds = 1.0,
     json_file: JsonFile = None,
 ) -> None:
     """Calls a second beside a bare gRPC server: unary, coalesced, and many at once."""
     from agent360.mesh.bench.calls import flatten, measure
     from agent360.mesh.bench.report import print_results, write_json
 
-    progress = Console(stderr=True)
-    found = asyncio.run(measure(rounds, seconds, lambda text: progress.print(text, style="dim")))
+    found = asyncio.run(measure(rounds, seconds, _report))
     flat = flatten(found)
     print_results(found, flat, Console())
+    if json_file is not None:
+        write_json(flat, json_file)
+
+
+@bench.command()
+def cache(
+    rounds: Rounds = 5,
+    seconds: Seconds = 1.0,
+    operations: Annotated[int, typer.Option(min=1_000, help="Length of the traces.")] = 1_000_000,
+    json_file: JsonFile = None,
+) -> None:
+    """The cache: near hits, many gets, gets answered by Redis, and hit rates."""
+    from agent360.mesh.bench.cache import flatten, measure
+    from agent360.mesh.bench.cache_report import print_cache_figures
+    from agent360.mesh.bench.report import write_json
+
+    figures = asyncio.run(measure(rounds, seconds, _report, operations))
+    flat = flatten(figures)
+    print_cache_figures(figures, flat, Console())
     if json_file is not None:
         write_json(flat, json_file)
 
@@ -42,3 +64,7 @@ def compare(old: Path, new: Path) -> None:
     except ValueError as error:
         typer.echo(f"agent360-mesh: {error}", err=True)
         raise typer.Exit(2) from None
+
+
+def _report(text: str) -> None:
+    Console(stderr=True).print(text, style="dim")

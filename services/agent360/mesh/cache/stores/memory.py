@@ -11,7 +11,7 @@ import grpc
 
 from agent360.client.errors import MeshError
 from agent360.mesh.cache.admission import Bounds, Outcome
-from agent360.mesh.cache.entry import Counts, Entry, Payload, Space, size_of
+from agent360.mesh.cache.entry import OVERHEAD_BYTES, Counts, Entry, Payload, Space, size_of
 from agent360.mesh.cache.expiry import ExpiryWheel
 from agent360.mesh.cache.policy import DEFAULT_POLICY, Admission, PolicyOf
 from agent360.mesh.cache.shares import Shares, Tenancy
@@ -128,6 +128,10 @@ class MemoryStore:
         if len(self._reads) >= _READS_AT_ONCE:
             self._flush_reads()
 
+    def settle_reads(self) -> None:
+        """See ``Store.settle_reads``."""
+        self._flush_reads()
+
     def peek(self, space: Space, key: str, now: float) -> Entry | None:
         """See ``Store.peek``."""
         entry = space.entries.get(key)
@@ -157,13 +161,16 @@ class MemoryStore:
         """See ``Store.write``."""
         if fresh_until is None:
             fresh_until = now + payload.ttl_s
-        self._flush_reads()
-        self._make_way(size_of(key, payload))
+        if self._reads:
+            self._flush_reads()
+        size_bytes = size_of(key, payload)
+        if self._dropped:
+            self._make_way(size_bytes)
         entry = self.peek(space, key, now)
         tenancy = self._shares.of(space.tenant)
         if entry is None:
             entry = Entry(space, key, self._hash_key(key) ^ space.salt)
-            entry.write(payload, fresh_until, version)
+            entry.write(payload, fresh_until, version, size_bytes)
             space.entries[key] = entry
             space.size_bytes += entry.size_bytes
             self._file(entry)
@@ -172,11 +179,19 @@ class MemoryStore:
         else:
             old_size_bytes = entry.size_bytes
             self._unfile(entry)
-            entry.write(payload, fresh_until, version)
+            entry.write(payload, fresh_until, version, size_bytes)
             space.size_bytes += entry.size_bytes - old_size_bytes
             self._file(entry)
             self._settle(self._shares.resized(tenancy, entry, old_size_bytes))
         return entry
+
+    def wants_copy(self, space: Space, key: str, payload: Payload) -> bool:
+        """See ``Store.wants_copy``."""
+        if self._dropped:
+            return True
+        key_hash = self._hash_key(key) ^ space.salt
+        policy = self._shares.of(space.tenant).policy
+        return policy.wants_copy(key_hash, len(payload.value) + OVERHEAD_BYTES)
 
     def remove(self, entry: Entry) -> None:
         """See ``Store.remove``."""
@@ -230,8 +245,6 @@ class MemoryStore:
 
     def _make_way(self, size_bytes: int) -> None:
         """Reclaims as many unreachable entries as it takes before others are pushed out."""
-        if not self._dropped:
-            return
         self._reclaim(_RECLAIMED_WITH_A_WRITE)
         while self._dropped and self._shares.would_exceed(size_bytes):
             self._reclaim(_RECLAIMED_WITH_A_WRITE)

@@ -104,6 +104,7 @@ def _write_change(invalidation: Any, change: Change) -> None:
     match change.scope:
         case "keys":
             invalidation.keys.keys.extend(change.names)
+            invalidation.key_versions.extend(change.versions)
         case "prefix":
             invalidation.prefix = change.names[0]
         case "tags":

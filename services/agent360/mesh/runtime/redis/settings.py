@@ -25,7 +25,7 @@ class RedisSettings(Settings):
     """A connection that heard nothing for this long is pinged before it is used, in seconds."""
     connect_timeout_s: float = Field(default=0.5, gt=0)
     """How long a connection may take to open, TLS and login included, in seconds."""
-    timeout_s: float = Field(default=0.25, gt=0)
+    timeout_s: float = Field(default=0.5, gt=0)
     """How long the replies to one pipeline of commands are waited for, in seconds."""
     wait_timeout_s: float = Field(default=0.25, gt=0)
     """How long commands wait for a free connection, in seconds."""

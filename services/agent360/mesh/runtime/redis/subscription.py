@@ -1,10 +1,11 @@
-"""Channels listened to on a connection of their own, and the certainty that it is alive."""
+"""Channels listened to on connections of their own, and the certainty that these are alive."""
 
 from __future__ import annotations
 
 import asyncio
 import random
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Final
 
 from hiredis import ProtocolError
@@ -25,9 +26,13 @@ _MIN_PAUSE_S: Final = 0.01
 class Subscription:
     """Hears what is published on some channels, and says when it may have missed something.
 
-    Between ``on_up`` and ``on_down`` nothing that reached the server is missed; whoever keeps what
-    messages are about distrusts it from ``on_down`` until the next ``on_up``. In a cluster any
-    primary will do: every one is sent what is published on any.
+    Between ``on_up`` and ``on_down`` nothing that reached the servers is missed; whoever keeps what
+    messages are about distrusts it from ``on_down`` until the next ``on_up``.
+
+    In a cluster it listens to every primary that is there. What is published on one is heard from
+    it at once and from each of the others once more, after it has crossed the cluster's bus (which
+    may take 40 ms, and loses messages when a link of it breaks): messages of one server come in
+    their order, and again later. Who listens tells the copies by what is in them.
 
     Example:
         >>> subscription = Subscription(
@@ -62,9 +67,12 @@ class Subscription:
         self._on_down = on_down
         self._log = redis.log
         self._tasks = Tasks(redis.log)
+        self._attended: set[Server] = set()
+        self._listened_to: set[Server] = set()
+        self._look = asyncio.Event()
         self._listening = asyncio.Event()
         self.up = False
-        """Whether it listens."""
+        """Whether it listens to every server that is there."""
 
     async def start(self) -> None:
         """Subscribes; returns when it listens, keeps trying until then."""
@@ -77,38 +85,46 @@ class Subscription:
         await self._tasks.close()
 
     async def _keep_listening(self) -> None:
-        last: Server | None = None
+        """Attends to each server that is there, also to those that come later."""
         while True:
-            server = self._choose(last)
-            if server is not None:
-                last = server
-                await self._listen(server)
-            await asyncio.sleep(_RETRY_S * random.uniform(0.8, 1.2))
+            for server in self._there():
+                if server not in self._attended:
+                    self._attended.add(server)
+                    self._tasks.spawn(self._attend(server))
+            self._judge("a server is back")
+            self._look.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_RETRY_S):
+                    await self._look.wait()
 
-    def _choose(self, last: Server | None) -> Server | None:
-        """A server that is there, another than the last if there are several."""
-        there = [server for server in self._redis.topology.servers if not server.away]
-        others = [server for server in there if server is not last]
-        return random.choice(others or there) if there else None
+    async def _attend(self, server: Server) -> None:
+        try:
+            await self._listen(server)
+            await asyncio.sleep(_RETRY_S * random.uniform(0.8, 1.2))
+        finally:
+            self._attended.discard(server)
+            self._look.set()
+
+    def _there(self) -> list[Server]:
+        return [server for server in self._redis.topology.servers if not server.away]
 
     async def _listen(self, server: Server) -> None:
         """Listens to a server until it is lost."""
-        ear = _Ear(server.address, self._hears, self._listens)
+        ear = _Ear(server.address, self._hears, lambda: self._listens(server))
         try:
             await self._redis.dialer.dial(server.endpoint, ear)
         except (OSError, UnwillingError) as error:
             self._log.debug("not subscribed", server=server.address, reason=str(error))
             return
+        reason = "closed"
         try:
             ear.subscribe(self._channels)
             reason = await self._until_lost(server, ear)
         finally:
             ear.close()
+            self._listened_to.discard(server)
+            self._judge(f"{server.address}: {reason}")
             await asyncio.wait((ear.closed,), timeout=_RETRY_S)
-        if self.up:
-            self.up = False
-            self._log.warning("subscription lost", server=server.address, reason=reason)
-            self._call("down", lambda: self._on_down(reason))
 
     async def _until_lost(self, server: Server, ear: _Ear) -> str:
         settings = self._redis.settings
@@ -124,14 +140,27 @@ class Subscription:
                 return "the server left the cluster"
             ear.ping()
 
-    def _listens(self) -> None:
-        self.up = True
-        self._log.info("subscribed", channels=len(self._channels))
-        self._call("up", self._on_up)
-        self._listening.set()
+    def _listens(self, server: Server) -> None:
+        self._listened_to.add(server)
+        self._judge("")
+
+    def _judge(self, reason: str) -> None:
+        """Compares who is listened to with who is there, and tells of a change."""
+        there = self._there()
+        whole = bool(there) and self._listened_to.issuperset(there)
+        if whole and not self.up:
+            self.up = True
+            self._log.info("subscribed", channels=len(self._channels), servers=len(there))
+            self._call("up", self._on_up)
+            self._listening.set()
+        elif self.up and not whole:
+            self.up = False
+            self._log.warning("subscription lost", reason=reason)
+            self._call("down", lambda: self._on_down(reason))
 
     def _hears(self, channel: bytes, message: bytes) -> None:
-        self._call("message", lambda: self._on_message(channel, message))
+        if self.up:
+            self._call("message", lambda: self._on_message(channel, message))
 
     def _call(self, what: str, callback: Callable[[], None]) -> None:
         try:

@@ -61,24 +61,31 @@ class Backplane:
         shard = None if message is None else self._shards.at(message.base)
         if message is None or shard is None:
             return
-        if shard.last not in {0, message.previous}:
+        if message.previous < message.latest <= shard.last:
+            return  # it was heard from another server of the cluster before
+        if shard.last and shard.last < message.previous:
             self._listener.missed(shard.tenant, shard.namespace)
-        shard.last = message.latest
+        shard.last = max(shard.last, message.latest)
         self._tell(shard, message)
 
     def _tell(self, shard: Shard, message: Message) -> None:
         listener, tenant, namespace = self._listener, shard.tenant, shard.namespace
+
+        def within(key: str) -> bool:
+            return self._shards.of_key(tenant, namespace, key) is shard
+
+        names, version = message.names, message.version
         match message.kind:
             case "k":
                 self.saw_version(shard, message.space)
                 listener.written(tenant, namespace, keys_of(message))
             case "p":
-                listener.invalidated(tenant, namespace, "prefix", message.names, message.version)
+                listener.invalidated(tenant, namespace, "prefix", names, version, within)
             case "t":
-                listener.invalidated(tenant, namespace, "tags", message.names, message.version)
+                listener.invalidated(tenant, namespace, "tags", names, version, within)
             case "a":
                 if shard.version is None or int(message.space) > int(shard.version):
                     shard.version = message.space
-                listener.invalidated(tenant, namespace, "all", (), message.version)
+                listener.invalidated(tenant, namespace, "all", (), version, within)
             case "c":
-                listener.released(tenant, namespace, message.names[0])
+                listener.released(tenant, namespace, names[0])

@@ -18,6 +18,9 @@ _ZSTD: Final = 1
 _LEVEL: Final = 3
 _WORTH_IT: Final = 0.9
 _ON_A_THREAD_BYTES: Final = 2**18
+_MARGIN_MS: Final = 2
+"""A server removes a key by a clock that it reads less often than for the entry's head, which
+readers go by."""
 
 
 class _Body(msgspec.Struct, array_like=True, gc=False):
@@ -70,9 +73,15 @@ class Codec:
         kept_s = payload.ttl_s + max(payload.stale_ttl_s, fail_safe_s)
         body = _Body(round(payload.stale_ttl_s * 1e6), payload.content_type, codec, value)
         tags = self._encode_body(list(dict.fromkeys(payload.tags))) if payload.tags else b""
-        return Encoded(max(1, math.floor(kept_s * 1e3)), ttl_us, tags, self._encode_body(body))
+        keep_ms = math.ceil(kept_s * 1e3) + _MARGIN_MS
+        return Encoded(keep_ms, ttl_us, tags, self._encode_body(body))
 
-    async def decode(self, data: bytes) -> Decoded:
+    @staticmethod
+    def is_heavy(data: bytes) -> bool:
+        """Whether an entry is so large that it is better decoded on a thread."""
+        return len(data) >= _ON_A_THREAD_BYTES
+
+    def decode(self, data: bytes) -> Decoded:
         """An entry as it is in the store.
 
         Raises:
@@ -85,7 +94,7 @@ class Codec:
             tags = self._decode_tags(data[_HEAD.size : begin]) if tags_bytes else ()
             value = body.value
             if body.codec == _ZSTD:
-                value = await self._decompressed(value)
+                value = zstandard.ZstdDecompressor().decompress(value)
         except (struct.error, msgspec.DecodeError, zstandard.ZstdError) as error:
             raise ValueError(f"{len(data)} bytes that are no entry: {error}") from error
         payload = Payload(value, ttl_us / 1e6, body.stale_us / 1e6, body.content_type, tags)
@@ -100,16 +109,6 @@ class Codec:
             return value, _PLAIN
         return smaller, _ZSTD
 
-    @staticmethod
-    async def _decompressed(value: bytes) -> bytes:
-        if len(value) >= _ON_A_THREAD_BYTES:
-            return await asyncio.to_thread(_decompress, value)
-        return _decompress(value)
-
 
 def _compress(value: bytes) -> bytes:
     return zstandard.ZstdCompressor(level=_LEVEL).compress(value)
-
-
-def _decompress(value: bytes) -> bytes:
-    return zstandard.ZstdDecompressor().decompress(value)

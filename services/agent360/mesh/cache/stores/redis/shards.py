@@ -8,6 +8,8 @@ from urllib.parse import quote, unquote
 from zlib import crc32
 
 _PLAIN: Final = "/-_.~ "
+_MAX_NAMESPACES: Final = 50_000
+"""Namespaces whose shards are remembered; one that was forgotten is learnt anew."""
 
 
 class Shard:
@@ -76,6 +78,10 @@ class Shards:
                 )
                 for number in range(self._count)
             )
+            if len(self._by_namespace) >= _MAX_NAMESPACES:
+                oldest = self._by_namespace.pop(next(iter(self._by_namespace)))
+                for shard in oldest:
+                    del self._by_base[shard.base]
             self._by_namespace[tenant, namespace] = shards
             self._by_base.update((shard.base, shard) for shard in shards)
         return shards

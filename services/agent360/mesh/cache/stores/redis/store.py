@@ -8,6 +8,7 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Collection,
     Iterable,
     Iterator,
     Mapping,
@@ -166,9 +167,14 @@ class RedisStore:
             if shard.version is not None and shard.version != version:
                 again.setdefault(shard, []).extend(part)
                 continue
+            behind_s = self._behind_s()
             for place, data in zip(part, reply[1:], strict=True):
-                missing = data is None or shard.version is None
-                found[place] = None if missing else await self._entry(data)
+                if data is None or shard.version is None:
+                    found[place] = None
+                elif self._codec.is_heavy(data):
+                    found[place] = await asyncio.to_thread(self._decoded, data, behind_s)
+                else:
+                    found[place] = self._decoded(data, behind_s)
         return again
 
     async def keys(self, space: Space) -> AsyncIterator[Sequence[str]]:
@@ -212,15 +218,20 @@ class RedisStore:
                 results[index] = self._written_at(stored, version, reply[2], payload)
         return results
 
-    async def delete(self, wanted: Sequence[tuple[Space, str]]) -> Sequence[SharedRemoved | Away]:
+    async def delete(
+        self, wanted: Sequence[tuple[Space, str]], upto: Collection[int] = ()
+    ) -> Sequence[SharedRemoved | Away]:
         """See ``SharedStore.delete``."""
+        bounds: Sequence[int | str] = list(upto) or [""] * len(wanted)
         results: list[SharedRemoved | Away] = [AWAY] * len(wanted)
         by_shard = self._by_shard(wanted)
         commands, parts = [], []
         for shard, indexes in by_shard.items():
             for part in _parts(indexes, _KEYS_AT_ONCE):
-                keys = [wanted[index][1] for index in part]
-                commands.append(self._scripts.delete.command([shard.meta], [self._channel, *keys]))
+                arguments: list[Any] = [self._channel]
+                for index in part:
+                    arguments += [wanted[index][1], bounds[index]]
+                commands.append(self._scripts.delete.command([shard.meta], arguments))
                 parts.append((shard, part))
         replies = await self._run(commands)
         for (shard, part), reply in zip(parts, replies, strict=True):
@@ -260,15 +271,17 @@ class RedisStore:
                 self._reclaim(shard, version)
         return results
 
-    async def remove_prefix(self, space: Space, prefix: str) -> SharedRemoved | Away:
+    async def remove_prefix(self, space: Space, prefix: str, upto: int = 0) -> SharedRemoved | Away:
         """See ``SharedStore.remove_prefix``."""
-        return await self._remove_everywhere(space, self._remove_prefix, prefix)
+        return await self._remove_everywhere(space, self._remove_prefix, prefix, upto)
 
-    async def remove_tags(self, space: Space, tags: Sequence[str]) -> SharedRemoved | Away:
+    async def remove_tags(
+        self, space: Space, tags: Sequence[str], upto: int = 0
+    ) -> SharedRemoved | Away:
         """See ``SharedStore.remove_tags``."""
         total, newest = 0, 0
         for tag in dict.fromkeys(tags):
-            removed = await self._remove_everywhere(space, self._remove_tag, tag)
+            removed = await self._remove_everywhere(space, self._remove_tag, tag, upto)
             if removed is AWAY:
                 return AWAY
             total, newest = total + removed.entries, max(newest, removed.version)
@@ -318,7 +331,9 @@ class RedisStore:
     ) -> SharedEntry | Away | None:
         """See ``SharedStore.release``."""
         shard = self._shards.of_key(space.tenant, space.name, key)
-        arguments: list[Any] = [self._channel, key, nonce, math.ceil(pause_s * 1e3)]
+        fail_safe_us = round(space.policy.fail_safe_s * 1e6)
+        pause_ms = math.ceil(pause_s * 1e3)
+        arguments: list[Any] = [self._channel, key, nonce, pause_ms, fail_safe_us]
         reply = await self._run_one(self._scripts.release.command([shard.meta], arguments))
         if isinstance(reply, Away):
             return reply
@@ -388,15 +403,21 @@ class RedisStore:
             self._backplane.saw_version(shard, None if version is None else version.decode())
 
     async def _entry(self, data: bytes) -> SharedEntry | None:
+        if self._codec.is_heavy(data):
+            return await asyncio.to_thread(self._decoded, data, self._behind_s())
+        return self._decoded(data, self._behind_s())
+
+    def _decoded(self, data: bytes, behind_s: float) -> SharedEntry | None:
         try:
-            decoded = await self._codec.decode(data)
+            payload, version, ends_us = self._codec.decode(data)
         except ValueError as error:
             self._log.error("an entry of the shared store cannot be read", error=str(error))
             return None
-        return SharedEntry(decoded.payload, decoded.version, self._on_our_clock(decoded.ends_us))
+        return SharedEntry(payload, version, ends_us / 1e6 - behind_s)
 
-    def _on_our_clock(self, server_us: int) -> float:
-        return self._clock.now() + (server_us - self._redis.now_us()) / 1e6
+    def _behind_s(self) -> float:
+        """How far this replica's clock is behind the servers'; never less than it is."""
+        return self._redis.now_us() / 1e6 - self._clock.now()
 
     async def _written(
         self, space: Space, key: str, payload: Payload, condition: Condition, if_version: int
@@ -408,16 +429,17 @@ class RedisStore:
         self, stored: int, version: bytes, now: bytes, payload: Payload
     ) -> SharedWritten:
         ends_us = int(now) + round(payload.ttl_s * 1e6)
-        return SharedWritten(bool(stored), int(version), self._on_our_clock(ends_us))
+        return SharedWritten(bool(stored), int(version), ends_us / 1e6 - self._behind_s())
 
     async def _remove_everywhere(
         self,
         space: Space,
-        remove: Callable[[Shard, str], Awaitable[SharedRemoved | Away]],
+        remove: Callable[[Shard, str, int], Awaitable[SharedRemoved | Away]],
         name: str,
+        upto: int,
     ) -> SharedRemoved | Away:
         shards = self._shards.of(space.tenant, space.name)
-        results = await asyncio.gather(*(remove(shard, name) for shard in shards))
+        results = await asyncio.gather(*(remove(shard, name, upto) for shard in shards))
         removed = [result for result in results if result is not AWAY]
         if len(removed) < len(results):
             return AWAY
@@ -425,8 +447,8 @@ class RedisStore:
             sum(each.entries for each in removed), max(each.version for each in removed)
         )
 
-    async def _remove_prefix(self, shard: Shard, prefix: str) -> SharedRemoved | Away:
-        version, after, removed = b"", b"", 0
+    async def _remove_prefix(self, shard: Shard, prefix: str, upto: int) -> SharedRemoved | Away:
+        version, after, removed = str(upto or "").encode(), b"", 0
         while True:
             arguments: list[Any] = [self._channel, prefix, version, after, _KEYS_AT_ONCE]
             reply = await self._run_one(self._scripts.prefix.command([shard.meta], arguments))
@@ -438,8 +460,8 @@ class RedisStore:
             if not after:
                 return SharedRemoved(removed, int(version))
 
-    async def _remove_tag(self, shard: Shard, tag: str) -> SharedRemoved | Away:
-        version, cursor, removed = b"", b"0", 0
+    async def _remove_tag(self, shard: Shard, tag: str, upto: int) -> SharedRemoved | Away:
+        version, cursor, removed = str(upto or "").encode(), b"0", 0
         while True:
             arguments: list[Any] = [
                 self._channel,

@@ -1,7 +1,7 @@
 -- Reads entries or gives out the right to fill them. ARGV: channel, then for each: key, nonce, timeout (milliseconds), and the
 -- version of a fresh entry that is to be refreshed early ('': none is).
--- Answers {namespace version, last version, {1, entry} fresh | {2, remaining (microseconds), failed (0 or 1), entry} claimed by another |
--- {3, entry} granted ...}; the entry is empty where there is none.
+-- Answers {namespace version, last version, {1, entry} fresh | {2, remaining (microseconds), failed (0 or 1), entry} claimed by
+-- another | {3, entry} granted ...}; the entry is empty where there is none.
 local now = clock()
 local space = space_version(now)
 local results = {space, text(last_version())}

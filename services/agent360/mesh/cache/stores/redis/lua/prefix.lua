@@ -1,16 +1,19 @@
--- Removes entries by prefix, a slice at a time. ARGV: channel, prefix, version ('': the first slice), last key of the slice
--- before, how many keys to look at.
+-- Removes entries by prefix, a slice at a time. ARGV: channel, prefix, the version up to which entries go ('': a new one), last key of
+-- the slice before ('': the first slice), how many keys to look at.
 -- Answers {namespace version, version, removed, last key ('': that was all)}.
 local prefix, upto, after, limit = ARGV[2], tonumber(ARGV[3]), ARGV[4], tonumber(ARGV[5])
 local now = clock()
 local space = space_version(now)
 local previous = last_version()
-local first = not upto
-if first then
+local new = not upto
+if new then
   upto = math.max(previous, now - 1) + 1
   save_version(upto)
+end
+if after == '' then
   for _, key in ipairs(redis.call('HKEYS', base .. ':c')) do
-    if string.sub(key, 1, #prefix) == prefix then redis.call('HDEL', base .. ':c', key) end
+    local _, began = claim_of(key, now)
+    if began and began < upto and string.sub(key, 1, #prefix) == prefix then redis.call('HDEL', base .. ':c', key) end
   end
 end
 local index = base .. ':i:v' .. space
@@ -29,7 +32,7 @@ for _, key in ipairs(keys) do
   end
 end
 local done = #keys < limit
-if first then
+if new then
   publish('p', previous, upto, upto, space, {prefix})
 elseif done then
   publish('p', previous, previous, upto, space, {prefix})

@@ -1,11 +1,15 @@
 -- A filler gives its claim up. ARGV: channel, key, nonce, for how long an entry that is there stands in before loading is tried
--- again (milliseconds; 0: it does not).
+-- again (milliseconds; 0: it does not), and how long after its end an entry may do so (microseconds).
 -- Answers {namespace version, now, released (0 or 1), entry}; the entry is empty where none stands in.
-local key, nonce, pause_ms = ARGV[2], ARGV[3], tonumber(ARGV[4])
+local key, nonce, pause_ms, fail_safe_us = ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
 local now = clock()
 local space = space_version(now)
 if claim_of(key, now) ~= nonce then return {space, text(now), 0, ''} end
-local value = pause_ms > 0 and redis.call('GET', entry_key(key, space)) or false
+local value = false
+local version, written, ttl = head_of(entry_key(key, space))
+if version and pause_ms > 0 and now < written + ttl + fail_safe_us then
+  value = redis.call('GET', entry_key(key, space))
+end
 if value then
   set_claim(key, '', last_version(), now + pause_ms * 1000, 1, now)
 else
