@@ -89,8 +89,9 @@ class Player:
         plan = domain.plan("acme", name, facts, slots=kind == "acquire")
         match kind:
             case "check":
-                (decision,) = await domain.decide([Ask(plan, hits, rest[0])])
-                return decision
+                ask = Ask(plan, hits, rest[0])
+                # Of a run the times until the limit is whole are those after it.
+                return [each._replace(reset_after_s=0) for each in await domain.decide([ask] * 3)]
             case "reserve":
                 decision, record_id = await domain.reserve("acme", name, plan, hits, 9.0, rest[0])
             case "lease":

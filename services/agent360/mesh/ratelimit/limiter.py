@@ -348,6 +348,8 @@ class Limiter:
         if lease is None or lease.tenant != tenant:
             return 0
         del self._leases[lease_id]
+        if now >= lease.ends:
+            return 0
         returned = min(unspent, lease.tokens)
         self._adjust(lease, -returned, now)
         return returned

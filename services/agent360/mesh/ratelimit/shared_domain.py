@@ -17,7 +17,7 @@ from agent360.mesh.ratelimit.domain import Ask
 from agent360.mesh.ratelimit.failures import store_away
 from agent360.mesh.ratelimit.limiter import Limiter
 from agent360.mesh.ratelimit.limits import TENANT, FailureMode, LimitSet
-from agent360.mesh.ratelimit.sharing import AWAY, SharedStore
+from agent360.mesh.ratelimit.sharing import AWAY, Run, SharedStore
 
 _LOCAL: Final = "local-"
 _AWAY_RETRY_S: Final = 1.0
@@ -90,22 +90,47 @@ class SharedDomain:
 
     async def decide(self, asks: Sequence[Ask]) -> Sequence[Decision]:
         """See ``Domain``."""
-        limited = [ask._replace(plan=ask.plan.counts) for ask in asks if ask.plan.counts]
+        runs = self._runs(asks)
+        limited = [
+            Run(ask._replace(plan=ask.plan.counts), times) for ask, times in runs if ask.plan.counts
+        ]
         answers = iter(await self._store.decide(limited) if limited else ())
-        decisions = []
-        for ask in asks:
+        decisions: list[Decision] = []
+        for ask, times in runs:
             if not ask.plan.counts:
-                self._local.allowed += 1
-                decisions.append(unlimited(ask.hits))
+                self._local.allowed += times
+                decisions += [unlimited(ask.hits)] * times
                 continue
             answer = next(answers)
             if answer is AWAY:
-                decisions.append(self._alone(ask))
+                decisions += [self._alone(ask) for _ in range(times)]
                 continue
-            decision, denied = answer
-            self._count(decision, denied)
-            decisions.append(decision)
+            decided, denied = answer
+            self._count(decided, denied)
+            decisions += decided
         return decisions
+
+    def _runs(self, asks: Sequence[Ask]) -> list[Run]:
+        """Requests that follow each other and are the same are decided as one."""
+        runs: list[Run] = []
+        last, times, mergeable = None, 0, False
+        for ask in asks:
+            if ask is last and mergeable:
+                times += 1
+                continue
+            if last is not None:
+                runs.append(Run(last, times))
+            last, times = ask, 1
+            counts = ask.plan.counts
+            mergeable = (
+                ask.hits > 0
+                and not ask.allow_partial
+                and not any(count.limit.shadow for count in counts)
+                and (not counts or self._store.in_one_place(counts))
+            )
+        if last is not None:
+            runs.append(Run(last, times))
+        return runs
 
     async def reserve(
         self, tenant: str, name: str, plan: SharedPlan, tokens: int, ttl_s: float, request_id: str
@@ -121,7 +146,7 @@ class SharedDomain:
             decision, record_id = self._reserve_alone(plan, tokens, ttl_s, request_id)
             return decision._replace(degraded=True), record_id
         decision, record_id = answer
-        self._count(decision, () if decision.allowed else (decision.limit_id,))
+        self._count([decision], () if decision.allowed else (decision.limit_id,))
         return decision, record_id
 
     async def settle(self, tenant: str, reservation_id: str, tokens: int) -> Settlement:
@@ -168,7 +193,7 @@ class SharedDomain:
             decision, slot_id = self._acquire_alone(plan, slots, ttl_s)
             return decision._replace(degraded=True), slot_id
         decision, slot_id = answer
-        self._count(decision, () if decision.allowed else (decision.limit_id,))
+        self._count([decision], () if decision.allowed else (decision.limit_id,))
         return decision, slot_id
 
     async def renew(self, tenant: str, slot_id: str, ttl_s: float | None) -> float | None:
@@ -240,9 +265,8 @@ class SharedDomain:
         decision, slot_id = self._local.acquire(plan.tenant, local, slots, ttl_s)
         return decision, _LOCAL + slot_id if slot_id else ""
 
-    def _count(self, decision: Decision, denied: Sequence[str]) -> None:
-        if decision.allowed:
-            self._local.allowed += 1
+    def _count(self, decided: Sequence[Decision], denied: Sequence[str]) -> None:
+        self._local.allowed += sum([decision.allowed for decision in decided])
         for limit_id in denied:
             self._local.denied[limit_id] = self._local.denied.get(limit_id, 0) + 1
 

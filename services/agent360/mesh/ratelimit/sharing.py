@@ -31,6 +31,20 @@ class SharedUsage(NamedTuple):
     reset_us: int
 
 
+class Run(NamedTuple):
+    """The same request, one or more times in a row."""
+
+    ask: Ask
+    """The request; its plan are counts, at least one."""
+    times: int
+    """How often; more than once only if the counts are in one place, nothing is granted in part,
+    and no limit is in shadow mode."""
+
+
+Decided = Sequence[Decision]
+"""The decisions on a run, in order."""
+
+
 class SharedStore(Protocol):
     """Decides with counts that all replicas share; every method may answer AWAY."""
 
@@ -40,15 +54,18 @@ class SharedStore(Protocol):
     async def close(self) -> None:
         """Closes all connections."""
 
+    def in_one_place(self, counts: Any) -> bool:
+        """Whether counts can be decided by one step."""
+
     def counts(
         self, limits: LimitSet, tenant: str, name: str, facts: Mapping[str, str], **choice: bool
     ) -> tuple[Any, ...]:
         """The counts that a request is charged to; each has its ``limit``."""
 
-    async def decide(self, asks: Sequence[Ask]) -> Sequence[tuple[Decision, Sequence[str]] | Away]:
+    async def decide(self, runs: Sequence[Run]) -> Sequence[tuple[Decided, Sequence[str]] | Away]:
         """Decides requests that are charged to something.
 
-        With each decision, the ids of the limits that denied or, in shadow mode, would have.
+        With each run, the ids of the limits that denied or, in shadow mode, would have.
         """
 
     async def reserve(

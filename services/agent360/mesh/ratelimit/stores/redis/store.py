@@ -14,7 +14,7 @@ from agent360.mesh.ratelimit.domain import Ask
 from agent360.mesh.ratelimit.failures import reservation_unknown
 from agent360.mesh.ratelimit.limiter import CountKey, counts_of
 from agent360.mesh.ratelimit.limits import Limit, LimitSet
-from agent360.mesh.ratelimit.sharing import AWAY, Away, SharedUsage
+from agent360.mesh.ratelimit.sharing import AWAY, Away, Decided, Run, SharedUsage
 from agent360.mesh.ratelimit.stores.redis.batch import Batch, results_of
 from agent360.mesh.ratelimit.stores.redis.keys import Count, Keys, spec_of
 from agent360.mesh.ratelimit.stores.redis.scripts import script_source
@@ -93,25 +93,34 @@ class RedisStore:
 
     # ---------------------------------------------------------------- checks
 
-    async def decide(self, asks: Sequence[Ask]) -> list[tuple[Decision, Sequence[str]] | Away]:
+    def in_one_place(self, counts: Counts) -> bool:
+        """See ``SharedStore.in_one_place``."""
+        return not self._clustered or len({count.tag for count in counts}) == 1
+
+    async def decide(self, runs: Sequence[Run]) -> list[tuple[Decided, Sequence[str]] | Away]:
         """See ``SharedStore.decide``."""
         batches = _Batches(self._spec)
         asked = [
-            [(part, *batches.add_decide(part, ask)) for part in self._parts(ask.plan)]
-            for ask in asks
+            [(part, *batches.add_decide(part, *run)) for part in self._parts(run.ask.plan)]
+            for run in runs
         ]
         results = await self._run(batches)
-        found: list[tuple[Decision, Sequence[str]] | Away] = []
+        found: list[tuple[Decided, Sequence[str]] | Away] = []
         undo = _Batches(self._spec)
-        for parts in asked:
+        for run, parts in zip(runs, asked, strict=True):
             rows = [(part, results[tag][at]) for part, tag, at in parts]
             if len(rows) == 1:
                 part, row = rows[0]
-                found.append(AWAY if row is AWAY else (_decision(part, row), _denied(part, row)))
+                if row is AWAY:
+                    found.append(AWAY)
+                elif run.times > 1:
+                    found.append(_expanded(part, row, run))
+                else:
+                    found.append(((_decision(part, row),), _denied(part, row)))
                 continue
             decision = self._joined(rows, undo)
             denied = [] if decision is AWAY else [each for row in rows for each in _denied(*row)]
-            found.append(AWAY if decision is AWAY else (decision, denied))
+            found.append(AWAY if decision is AWAY else ((decision,), denied))
         if undo:
             await self._run(undo)
         return found
@@ -358,10 +367,12 @@ class _Batches:
             batch = self.by_tag[tag] = Batch(self._spec)
         return batch
 
-    def add_decide(self, part: _Part, ask: Ask) -> tuple[str, int]:
-        """Adds a decision; returns where its result will be."""
+    def add_decide(self, part: _Part, ask: Ask, times: int) -> tuple[str, int]:
+        """Adds decisions; returns where their result will be."""
         batch = self.of(part.tag)
         places = batch.places(part.counts)
+        if times > 1:
+            return part.tag, batch.add("m", ask.hits, places, times)
         return part.tag, batch.add("d", ask.hits, int(ask.allow_partial), places)
 
     def add_give_back(self, part: _Part, hits: int, marks: Sequence[int]) -> None:
@@ -395,6 +406,25 @@ def _decision(part: _Part, row: Sequence[Any]) -> Decision:
         None if retry_us < 0 else retry_us / 1e6,
         limit.limit_id,
     )
+
+
+def _expanded(part: _Part, row: Sequence[Any], run: Run) -> tuple[Decided, Sequence[str]]:
+    """The decisions on a run, of which the first so many were allowed."""
+    fit, room, tightest, reset_us, retry_us, denier, denier_reset_us = row
+    hits, limit = run.ask.hits, part.counts[tightest - 1].limit
+    size, limit_id, reset_s = limit.size, limit.limit_id, reset_us / 1e6
+    decisions = [
+        Decision(True, hits, room - done * hits, size, reset_s, None, limit_id)
+        for done in range(1, fit + 1)
+    ]
+    missing = run.times - fit
+    if not missing:
+        return decisions, ()
+    wait_s = None if retry_us < 0 else retry_us / 1e6
+    left = max(0, room - fit * hits)
+    limit = part.counts[denier - 1].limit
+    denial = Decision(False, 0, left, limit.size, denier_reset_us / 1e6, wait_s, limit.limit_id)
+    return [*decisions, *[denial] * missing], [limit.limit_id] * missing
 
 
 def _denied(part: _Part, row: Sequence[Any]) -> Sequence[str]:

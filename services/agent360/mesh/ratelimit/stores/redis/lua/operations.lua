@@ -1,6 +1,8 @@
 -- Carries out operations in their order; each count is read once, and written once if it has changed. Answers the packed list of their results.
 --
 -- {'d', hits, partial, counts}                             decide
+-- {'m', hits, counts, times}                               decide the same so many times; {allowed, room before, tightest, reset_us,
+--                                                          retry_us, denier, its reset_us}; not in part, and not in shadow mode
 -- {'g', hits, counts, marks}                               give back
 -- {'v', tokens, counts, record, request, kept_ms, id}      reserve; request: 0 or the key of the request id
 -- {'s', record, tokens}                                    settle
@@ -146,6 +148,32 @@ local run = {}
 
 function run.d(op) return decide(op[2], op[3] == 1, op[4], charge_rate) end
 
+function run.m(op)
+  local hits, which, times = op[2], op[3], op[4]
+  local tightest, least
+  for n, i in ipairs(which) do
+    local room = room_of(i)
+    if not least or room < least then tightest, least = n, room end
+  end
+  local fit = max(0, min(times, floor(least / hits)))
+  if fit > 0 then
+    for _, i in ipairs(which) do charge_rate(i, fit * hits) end
+  end
+  local retry, denier = -1, tightest
+  if fit < times then
+    retry = 0
+    for n, i in ipairs(which) do
+      local wait = wait_of(i, hits)
+      if not wait then
+        retry, denier = -2, n
+        break
+      end
+      if wait > retry then retry, denier = wait, n end
+    end
+  end
+  return {fit, least, tightest, reset_of(which[tightest]), retry, denier, reset_of(which[denier])}
+end
+
 function run.g(op)
   for n, i in ipairs(op[3]) do
     local c, key = counts[i], KEYS[i]
@@ -209,7 +237,8 @@ function run.l(op)
     local spendable = algorithms[c[1]].lease_us(state_of(KEYS[i], c), c)
     if spendable then ttl_us = min(ttl_us, spendable) end
   end
-  put(KEYS[op[4]], {wanted, 0, charged(op[3], decision[7])}, ceil((ttl_us + op[5]) / 1000))
+  local kept_us = ttl_us + op[5]
+  put(KEYS[op[4]], {wanted, now + kept_us, charged(op[3], decision[7])}, ceil(kept_us / 1000))
   return {decision, ttl_us}
 end
 
@@ -218,6 +247,7 @@ function run.b(op)
   local record = get(key)
   if not record then return 0 end
   redis.call('DEL', key)
+  if now >= record[2] then return 0 end
   local returned = min(op[3], record[1])
   adjust(record[3], -returned)
   return returned
