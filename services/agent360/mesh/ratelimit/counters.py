@@ -122,9 +122,11 @@ class TokenBucket:
         self._amount, self._burst = amount, burst
 
     def _left(self, now: int) -> int:
-        """What of the debt is left; looking changes nothing."""
+        """What of the debt is left; looking changes nothing, unless the clock stepped back."""
         elapsed = now - self._at
-        if elapsed > 0 and self._debt:
+        if elapsed < 0:
+            self._at = now
+        elif self._debt:
             return max(0, self._debt - elapsed * self._amount)
         return self._debt
 

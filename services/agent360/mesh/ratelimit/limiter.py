@@ -233,6 +233,7 @@ class Limiter:
         marks: tuple[int, ...] = ()
         if allowed:
             self.allowed += 1
+        if granted:
             marks = tuple([charge.counter.take(now, granted) for charge in plan])
             for charge, room in zip(plan, rooms, strict=True):
                 charge.least = min(charge.least, room - granted)

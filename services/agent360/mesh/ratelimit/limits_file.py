@@ -233,6 +233,6 @@ def faults_of(limit: Limit) -> list[tuple[str, str]]:
 def _known_zone(name: str) -> bool:
     try:
         ZoneInfo(name)
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError):
         return False
     return True

@@ -262,7 +262,7 @@ function run.a(op)
     return 0
   end)
   if decision[1] == 1 then
-    put(KEYS[op[4]], {op[2], ttl_us, charged(op[3], decision[7]), id}, ceil(ttl_us / 1000))
+    put(KEYS[op[4]], {op[2], ttl_us, charged(op[3], decision[7]), id}, ceil(ttl_us / 1000) + SPARE_MS)
   end
   return decision
 end
@@ -277,7 +277,7 @@ function run.n(op)
     if not pools.renew(row[1], record[4], record[1], ttl_us) then all = false end
   end
   if not all then return -1 end
-  put(key, record, ceil(ttl_us / 1000))
+  put(key, record, ceil(ttl_us / 1000) + SPARE_MS)
   return ttl_us
 end
 

@@ -7,7 +7,9 @@ do
 
   local function left(s, c)
     local elapsed = now - s[1]
-    if elapsed > 0 then return max(0, s[2] - elapsed * c[3]) end
+    if elapsed >= 0 then return max(0, s[2] - elapsed * c[3]) end
+    s[1] = now
+    s.moved = true
     return s[2]
   end
 
