@@ -7,12 +7,14 @@ import itertools
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
 from support.redis_servers import RedisClusterServers, RedisServer
 from support.replicas import Replica
+from support.servers import running
 
 from agent360.client import CheckRequest, Mesh, MeshError, call_scope
 from agent360.ratelimit.v1 import ratelimit_pb2
@@ -300,3 +302,49 @@ async def test_a_limit_that_is_set_reaches_every_replica_within_a_second(
             for mesh in meshes:
                 while (await mesh.ratelimit.check("new", hits=0)).limit_id:  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
+
+
+async def test_every_key_of_the_store_ends_by_itself(tmp_path: Path, tenant: str) -> None:
+    file = tmp_path / "limits.toml"
+    _ = file.write_text(LIMITS)
+    async with (
+        RedisServer() as redis,
+        running("ratelimit", store=redis.url, limits=file) as server,
+        Mesh.connect(ratelimit=server.address, tenant=tenant, api_key="") as mesh,
+    ):
+        for name in ("thousand", "shared", "nested", "leaky", "short", "partly"):
+            await mesh.ratelimit.check(name, descriptor={"user": "ana"})
+        reserved = await mesh.ratelimit.reserve("tokens", 10)
+        await mesh.ratelimit.settle(reserved.reservation_id, 5)
+        await mesh.ratelimit.acquire("run", slots=2)
+        await mesh.ratelimit.check("leased", leased=True)
+        keys = await redis.command("KEYS", "*")
+        assert len(keys) >= 10
+        lasting = [key for key in keys if await redis.command("PTTL", key) < 0]
+        assert lasting == []
+        used = {each.limit_id: each.used async for each in mesh.ratelimit.list_usage()}
+        assert used["budget"] == 5
+        assert used["slots"] == 2
+        assert "everybody" not in used, "what others have used is not told"
+
+
+async def test_usage_over_time_is_told_to_the_metrics_service(tmp_path: Path) -> None:
+    file = tmp_path / "limits.toml"
+    _ = file.write_text(LIMITS)
+    async with (
+        running("metrics") as metrics,
+        Mesh.connect(metrics=metrics.address, tenant="acme", api_key="") as mesh,
+    ):
+        async with (
+            running("ratelimit", limits=file, mesh={"metrics": metrics.address}) as server,
+            Mesh.connect(ratelimit=server.address, tenant="acme", api_key="") as asking,
+        ):
+            decisions = [await asking.ratelimit.check("partly") for _ in range(12)]
+            assert sum(each.allowed for each in decisions) == 10
+        found = [each async for each in mesh.metrics.list_series("ratelimit_hits_total")]
+        labels = [dict(each.labels) for each in found]
+        assert {(each["limit"], each["outcome"]) for each in labels} == {
+            ("partly", "allowed"),
+            ("partly", "denied"),
+        }
+        assert all(0 <= int(each["hour"]) < 24 for each in labels)
