@@ -15,6 +15,7 @@ from agent360.mesh.ratelimit.decisions import (
 )
 from agent360.mesh.ratelimit.domain import Ask
 from agent360.mesh.ratelimit.failures import store_away
+from agent360.mesh.ratelimit.gathering import Gatherer
 from agent360.mesh.ratelimit.limiter import Limiter
 from agent360.mesh.ratelimit.limits import TENANT, FailureMode, LimitSet
 from agent360.mesh.ratelimit.sharing import AWAY, Run, SharedStore
@@ -52,7 +53,7 @@ class SharedDomain:
         self._store = store
         self._local = local
         self._generation = 0
-        self._denied: dict[str, int] = {}
+        self._gatherer = Gatherer(self._decide)
         self._peaks: dict[tuple[str, ...], int] = {}
 
     @property
@@ -90,6 +91,9 @@ class SharedDomain:
 
     async def decide(self, asks: Sequence[Ask]) -> Sequence[Decision]:
         """See ``Domain``."""
+        return await self._gatherer.decide(asks)
+
+    async def _decide(self, asks: Sequence[Ask]) -> Sequence[Decision]:
         runs = self._runs(asks)
         limited = [
             Run(ask._replace(plan=ask.plan.counts), times) for ask, times in runs if ask.plan.counts
