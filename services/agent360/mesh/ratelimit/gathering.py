@@ -12,6 +12,8 @@ from agent360.mesh.ratelimit.domain import Ask
 
 _PATIENCE_S: Final = 0.005
 """How long requests wait for a round trip that is under way."""
+_AT_ONCE: Final = 2
+"""Round trips that are under way before requests wait."""
 _MOST: Final = 2_000
 """Requests that go together."""
 
@@ -35,7 +37,7 @@ class Gatherer:
 
     async def decide(self, asks: Sequence[Ask]) -> Sequence[Decision]:
         """Decides requests, with those of other callers."""
-        if not self._under_way and not self._waiting:
+        if self._under_way < _AT_ONCE and not self._waiting:
             self._under_way += 1
             try:
                 return await self._decide(asks)
@@ -53,7 +55,7 @@ class Gatherer:
 
     def _ended(self) -> None:
         self._under_way -= 1
-        if self._waiting and not self._under_way:
+        if self._waiting and self._under_way < _AT_ONCE:
             self._send()
 
     def _send(self) -> None:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final, NamedTuple
 
-from agent360.mesh.ratelimit.counters import Counter
+from agent360.mesh.ratelimit.counts import (
+    Charge,
+    CountKey,
+    Plan,
+    counts_of,
+    longest_of,
+    tightest_of,
+)
 from agent360.mesh.ratelimit.decisions import (
-    UNLIMITED,
     UNLIMITED_LEASE_S,
     Decision,
     Leased,
@@ -19,50 +25,12 @@ from agent360.mesh.ratelimit.decisions import (
     unlimited,
 )
 from agent360.mesh.ratelimit.failures import reservation_unknown
-from agent360.mesh.ratelimit.limits import PLAN, TENANT, Algorithm, Limit, LimitSet
-from agent360.mesh.ratelimit.slots import SlotPool
+from agent360.mesh.ratelimit.limits import TENANT, Algorithm, LimitSet
 
 _new_tuple: Final = tuple.__new__
 """A NamedTuple's own constructor takes twice as long."""
 
 _NO_FACTS: Final[Mapping[str, str]] = {}
-
-CountKey = tuple[str, ...]
-"""Limit id, tenant and plan of the limit, kind, and the values of the facts it counts by."""
-
-
-class Charge:
-    """One count that requests are charged to."""
-
-    __slots__ = ("counter", "denied", "least", "limit", "limit_id", "pool", "shadow", "size")
-
-    def __init__(self, limit: Limit) -> None:
-        self.denied = 0
-        """Requests that it denied; of a shadow limit, would have."""
-        self.least = limit.size
-        """The least room that was left."""
-        self.counter: Counter
-        self.pool: SlotPool
-        if limit.algorithm is Algorithm.CONCURRENCY:
-            self.pool = SlotPool(limit.amount)
-        else:
-            self.counter = limit.counter()
-        self.adopt(limit)
-
-    def adopt(self, limit: Limit) -> None:
-        """Counts for a changed limit of the same kind."""
-        if limit.algorithm is Algorithm.CONCURRENCY:
-            self.pool.resize(limit.amount)
-        else:
-            self.counter.resize(limit.amount, limit.size)
-        self.limit = limit
-        self.limit_id = limit.limit_id
-        self.size = limit.size
-        self.shadow = limit.shadow
-
-
-Plan = tuple[Charge, ...]
-"""The counts that a request is charged to."""
 
 
 class _Charged(NamedTuple):
@@ -224,7 +192,7 @@ class Limiter:
             self.allowed += 1
             return unlimited(hits), ()
         rooms = [charge.counter.room(now) for charge in plan]
-        tightest, least = _tightest(plan, rooms, hits)
+        tightest, least = tightest_of(plan, rooms, hits)
         for charge, room in zip(plan, rooms, strict=True):
             if charge.shadow and room < hits:
                 self._note_denial(charge)
@@ -243,7 +211,7 @@ class Limiter:
             waits = [
                 (charge.counter.wait(now, needed), charge) for charge in plan if not charge.shadow
             ]
-            longest, tightest = _longest(waits, tightest)
+            longest, tightest = longest_of(waits, tightest)
             retry_after_s = None if longest is None else longest / 1e6
             if hits:
                 self._note_denial(tightest)
@@ -365,13 +333,13 @@ class Limiter:
             self.allowed += 1
             return unlimited(slots), slot_id
         rooms = [charge.pool.room(now) for charge in plan]
-        tightest, least = _tightest(plan, rooms, slots)
+        tightest, least = tightest_of(plan, rooms, slots)
         for charge, room in zip(plan, rooms, strict=True):
             if charge.shadow and room < slots:
                 self._note_denial(charge)
         if least < slots:
             waits = [(charge.pool.wait(now, slots), charge) for charge in plan if not charge.shadow]
-            longest, tightest = _longest(waits, tightest)
+            longest, tightest = longest_of(waits, tightest)
             self._note_denial(tightest)
             retry_after_s = None if longest is None else longest / 1e6
             return self._slots_decision(tightest, 0, least, retry_after_s, now), ""
@@ -489,47 +457,3 @@ class Limiter:
                 break
             del records[oldest]
             self._settled.discard(oldest)
-
-
-def counts_of(
-    limits: LimitSet,
-    tenant: str,
-    name: str,
-    facts: Mapping[str, str],
-    *,
-    slots: bool = False,
-    own: bool = False,
-) -> list[tuple[Limit, CountKey]]:
-    """The limits that a request is subject to, and the keys of their counts; see Limiter.plan."""
-    known = {**facts, TENANT: tenant, PLAN: limits.plan_of(tenant)}
-    return [
-        (limit, (*limit.key, limit.kind, *(known.get(fact, "") for fact in limit.per)))
-        for limit in limits.matching(tenant, name, known)
-        if (limit.algorithm is Algorithm.CONCURRENCY) is slots
-        and (not own or limit.names_own_methods)
-    ]
-
-
-def _tightest(plan: Plan, rooms: Sequence[int], hits: int) -> tuple[Charge, int]:
-    """The count with the least room; where only shadow limits apply, one with just enough."""
-    found: tuple[Charge, int] | None = None
-    for charge, room in zip(plan, rooms, strict=True):
-        if not charge.shadow and (found is None or room < found[1]):
-            found = charge, room
-    return found or (plan[0], max(1, hits))
-
-
-def _longest(
-    waits: Sequence[tuple[int | None, Charge]], tightest: Charge
-) -> tuple[int | None, Charge]:
-    """The longest wait and whose it is; None: it never fits."""
-    longest: int | None = 0
-    for wait, charge in waits:
-        if wait is None:
-            return None, charge
-        if longest is not None and wait > longest:
-            longest, tightest = wait, charge
-    return longest, tightest
-
-
-__all__ = ["UNLIMITED", "Charge", "CountKey", "Limiter", "Plan", "counts_of"]

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any, Final, Literal, NamedTuple, Protocol
 
+from agent360.mesh.ratelimit.counts import CountKey
 from agent360.mesh.ratelimit.decisions import Decision
 from agent360.mesh.ratelimit.domain import Ask
-from agent360.mesh.ratelimit.limiter import CountKey
 from agent360.mesh.ratelimit.limits import Limit, LimitSet
 
 

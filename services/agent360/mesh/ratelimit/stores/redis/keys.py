@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 from urllib.parse import quote, unquote
 
-from agent360.mesh.ratelimit.limiter import CountKey
+from agent360.mesh.ratelimit.counts import CountKey
 from agent360.mesh.ratelimit.limits import Algorithm, Limit
 from agent360.mesh.ratelimit.windows import CalendarWindows
 

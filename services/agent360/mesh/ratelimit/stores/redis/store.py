@@ -9,10 +9,10 @@ from typing import Any, Final, NamedTuple
 
 import structlog
 
+from agent360.mesh.ratelimit.counts import CountKey, counts_of
 from agent360.mesh.ratelimit.decisions import Decision
 from agent360.mesh.ratelimit.domain import Ask
 from agent360.mesh.ratelimit.failures import reservation_unknown
-from agent360.mesh.ratelimit.limiter import CountKey, counts_of
 from agent360.mesh.ratelimit.limits import Limit, LimitSet
 from agent360.mesh.ratelimit.sharing import AWAY, Away, Decided, Run, SharedUsage
 from agent360.mesh.ratelimit.stores.redis.batch import Batch, results_of
