@@ -138,3 +138,23 @@ def test_leases_shrink_as_the_limit_is_used_up_and_never_exceed_it(wanted: list[
         assert lease.decision.granted <= max(1, (50 - leased) // 4)
         leased += lease.decision.granted
     assert leased <= 50
+
+
+def test_a_sliding_window_of_100_in_10_s_admits_no_second_hundred_at_its_edge() -> None:
+    window = SlidingWindow(100, 10 * S)
+    admitted = [
+        at
+        for at in [BEGIN + 99 * S // 10] * 100 + [BEGIN + 101 * S // 10] * 100
+        if window.admit(at, 1) is not None
+    ]
+    assert len(admitted) == 100
+    # Room comes back a period later, and at most a sixteenth of it late.
+    wait = window.wait(BEGIN + 101 * S // 10, 1)
+    assert wait is not None
+    assert BEGIN + 199 * S // 10 <= BEGIN + 101 * S // 10 + wait <= BEGIN + 199 * S // 10 + 625_000
+
+
+def test_three_a_second_asked_ten_times_a_second_for_a_minute_admit_183_at_most() -> None:
+    bucket = TokenBucket(3, S, 3)
+    admitted = sum(bucket.admit(BEGIN + call * S // 10, 1) is not None for call in range(600))
+    assert 180 <= admitted <= 183
