@@ -12,7 +12,7 @@ from agent360.mesh.ratelimit.domain import Ask
 
 _PATIENCE_S: Final = 0.005
 """How long requests wait for a round trip that is under way."""
-_AT_ONCE: Final = 2
+_AT_ONCE: Final = 1
 """Round trips that are under way before requests wait."""
 _MOST: Final = 2_000
 """Requests that go together."""
