@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Final
 
 from agent360.client import AuditEvent
-from agent360.client.errors import MeshError
+from agent360.client.errors import MeshError, unimplemented
 from agent360.mesh.ratelimit.assembly import assemble
 from agent360.mesh.ratelimit.domain import Ask, LocalDomain
 from agent360.mesh.ratelimit.envoy import EnvoyService
@@ -329,6 +329,8 @@ class RateLimitServicer:
         limit = self._domain.limits.of(call.tenant).get(request.limit_id)
         if limit is None:
             raise limit_unknown(request.limit_id)
+        if not limit.tenants_apart:
+            raise unimplemented("usage of limits that count several tenants together")
         wanted = dict(request.counted_by)
         for usage in await self._domain.usage(call.tenant):
             if usage.limit_id == request.limit_id and dict(usage.counted_by) == wanted:
