@@ -23,10 +23,10 @@ CLIENTS: Final = {
 }
 INTERNAL: Final = {
     "AuditClient": {"settle"},
-    "CacheClient": {"settle"},
+    "CacheClient": {"abandon", "settle"},
     "RateLimitClient": {"settle_leases"},
 }
-"""Methods of a client that are for the Mesh alone."""
+"""Methods of a client that are for the Mesh and the client itself."""
 NEEDS_A_LOOP: Final = {"CacheClient": {"cached", "watch"}}
 """Methods that make no sense without an event loop: what they give is asynchronous itself."""
 TYPES: Final = {

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from pydantic import BaseModel
 from support.polling import eventually
-from support.servers import NOBODY, running
+from support.servers import NOBODY, connected, running
 
 from agent360.client import (
     TEXT,
@@ -666,3 +666,24 @@ async def test_nothing_is_removed_if_its_successors_cannot_be_loaded(mesh: Mesh)
     with pytest.raises(LookupError):
         await mesh.cache.invalidate_and_warm(["k"], Loader(LookupError("k")), namespace="n")
     assert (await mesh.cache.get("k", namespace="n")).value == b"old"
+
+
+async def test_warming_that_is_left_early_frees_the_keys_it_was_loading() -> None:
+    async with connected("cache") as mesh:
+        loading = asyncio.Event()
+
+        async def load(key: str) -> bytes:
+            loading.set()
+            await asyncio.sleep(60)
+            return b"never"
+
+        async def warm() -> None:
+            async for _ in mesh.cache.warm(["k"], load):
+                pass
+
+        task = asyncio.create_task(warm())
+        await loading.wait()
+        task.cancel()
+        await asyncio.wait((task,))
+        claim = await mesh.cache.claim("k", timeout=5.0)
+        assert claim.fill_token, "and not after the fill timeout of 10 s"

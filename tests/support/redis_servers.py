@@ -80,6 +80,11 @@ class RedisServer:
         """Its URL for clients."""
         return f"redis://{self.address}"
 
+    @property
+    def running(self) -> bool:
+        """Whether there is a process, paused or not."""
+        return self._process is not None
+
     async def start(self) -> None:
         """Starts it, again on the same port; returns when it answers."""
         self._process = await asyncio.create_subprocess_exec(

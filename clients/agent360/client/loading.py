@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
@@ -204,7 +205,16 @@ class LoadingClient(EntryClient):
         if running:
             await asyncio.wait(running, timeout=1.0)
 
+    def abandon(self, fill_token: str, tenant: str | None) -> None:
+        """Gives a claim up in the background: its filler was cancelled."""
+        error = MeshError(grpc.StatusCode.CANCELLED, "LOAD_CANCELLED", "loading was cancelled")
+        self._spawn(self._abandon(fill_token, error, tenant))
+
     # ---------------------------------------------------------------- flights
+
+    async def _abandon(self, fill_token: str, error: MeshError, tenant: str | None) -> None:
+        with suppress(MeshError):
+            await self.fail(fill_token, error, tenant=tenant)
 
     def _running(self) -> list[asyncio.Task[Any]]:
         tasks = (*self._flights.values(), *self._background)

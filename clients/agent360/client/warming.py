@@ -228,6 +228,9 @@ async def _fill_missing(client: LoadingClient, key: str, plan: Plan[Any]) -> boo
         return None
     try:
         entry = await plan.entry(key)
+    except asyncio.CancelledError:
+        client.abandon(claim.fill_token, plan.tenant)
+        raise
     except Exception as error:
         with contextlib.suppress(MeshError):
             await client.fail(claim.fill_token, load_failed(error), tenant=plan.tenant)

@@ -17,8 +17,8 @@ from agent360.client.errors import MeshError, UnavailableError, from_rpc_error
 
 FIRST_BACKOFF_S: Final = 0.1
 MAX_BACKOFF_S: Final = 1.0
-MAX_SILENCE_S: Final = 40.0
-"""A watch without an event for this long is broken: a service gives a sign of life every 15 s."""
+MAX_SILENCE_S: Final = 15.0
+"""A watch without an event for this long is broken: a service gives a sign of life every 5 s."""
 
 _REFUSALS: Final = {
     grpc.StatusCode.INVALID_ARGUMENT,

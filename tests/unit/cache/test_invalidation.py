@@ -2,6 +2,7 @@
 
 import asyncio
 
+import pytest
 from support.cache_domain import Cache, at_once
 
 from agent360.mesh.cache.admission import Bounds
@@ -147,3 +148,16 @@ def test_invalidations_are_recorded_with_what_they_removed() -> None:
         ("acme", "plans", "prefix", 1),
         ("acme", "plans", "namespace", 0),
     ]
+
+
+@pytest.mark.parametrize("scope", ["prefix", "tags"])
+def test_an_entry_that_is_over_is_not_counted_as_removed(scope: str) -> None:
+    cache = Cache()
+    cache.put("a/1", ttl_s=1.0, tags=("x",))
+    cache.put("a/2", ttl_s=60.0, tags=("x",))
+    cache.clock.advance(2.0)
+    if scope == "prefix":
+        assert at_once(cache.service.invalidate_prefix(cache.plans, "a/")) == 1
+    else:
+        assert at_once(cache.service.invalidate_tags(cache.plans, ["x"])) == 1
+    assert cache.plans.counts.expirations == 1

@@ -154,7 +154,9 @@ class Lookup(_message.Message):
     version: _builtins.int
     """The version of the entry that was read."""
     degraded: _builtins.bool
-    """True where the shared store was away and only this replica's own memory was asked."""
+    """True where the shared store was asked, was away, and this replica's own memory answered or had nothing. What memory answers
+    without asking does not say so.
+    """
     fail_safe: _builtins.bool
     """True where a stale value stands in, as the namespace's policy allows: loading failed, or the shared store was away."""
     @_builtins.property
@@ -857,7 +859,7 @@ class HottestKeys(_message.Message):
 
     LIMIT_FIELD_NUMBER: _builtins.int
     limit: _builtins.int
-    """How many; 1 to 100,000."""
+    """How many at most; 1 to 100,000. A service remembers 1,000."""
     def __init__(
         self,
         *,

@@ -224,7 +224,7 @@ class TinyLfu:
         window = self._window
         while window.exceeds(self._window_bounds):
             candidate = window.pop_oldest()
-            self._admit(candidate, self._frequency(candidate), outcome)
+            self._admit(candidate, self.frequency(candidate), outcome)
         while victims := self._excess(_UNBEATEN):
             # Without a candidate: an entry or the window grew, or the bounds shrank.
             self._push_out(victims, outcome)
@@ -250,7 +250,7 @@ class TinyLfu:
             return victims
         for segment in (self._probation, self._protected, self._window):
             for victim in segment.order:
-                frequency -= self._frequency(victim)
+                frequency -= self.frequency(victim)
                 if frequency <= 0:
                     return None
                 victims.append(victim)
@@ -277,9 +277,10 @@ class TinyLfu:
         """Lets go of an entry that is in no segment; how often it was used is remembered."""
         self._held -= 1
         self.size_bytes -= entry.size_bytes
-        self._sketch.record(entry.key_hash, self._frequency(entry))
+        self._sketch.record(entry.key_hash, self.frequency(entry))
 
-    def _frequency(self, entry: Entry) -> int:
+    def frequency(self, entry: Entry) -> int:
+        """How often a held entry was used of late."""
         return entry.reads >> (self.epoch - entry.reads_epoch)
 
     def _count(self, uses: int) -> None:

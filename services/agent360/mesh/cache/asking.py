@@ -15,7 +15,7 @@ from agent360.client.errors import MeshError
 from agent360.mesh.cache.claims import Claim, Claimed, Claims
 from agent360.mesh.cache.entry import Entry, Space
 from agent360.mesh.cache.ports import Clock
-from agent360.mesh.cache.sharing import AWAY, Away, SharedAsk, SharedClaim, SharedEntry, SharedStore
+from agent360.mesh.cache.sharing import Away, SharedAsk, SharedClaim, SharedEntry, SharedStore
 
 _DEAF_LOOK_S: Final = 0.05
 """How often another's claim is looked at while changes go unheard."""
@@ -139,11 +139,14 @@ class Asking:
         if not claim.asking and version > claim.decided_at:
             self.lost(claim)
 
-    def released(self, claim: Claim) -> None:
-        """A filler gave up, or may have."""
+    def released(self, claim: Claim, nonce: str) -> None:
+        """A filler gave up, or may have: the one whose nonce it is, here or elsewhere."""
+        sealed = open_token(claim.token) if claim.token else None
         if claim.asking:
             claim.released = True
-        elif not claim.token and claim.stand_in is None:
+        elif (not claim.token and claim.stand_in is None) or (
+            sealed is not None and sealed.nonce == nonce
+        ):
             self.lost(claim)
 
     def restart(self, claim: Claim) -> None:
@@ -202,7 +205,7 @@ class Asking:
         )
 
     def _decide(self, claim: Claim, ask: SharedAsk, answer: SharedClaim | Away) -> None:
-        if answer is AWAY:
+        if isinstance(answer, Away):
             self._decide_alone(claim, degraded=True)
             return
         entry = answer.entry

@@ -19,7 +19,6 @@ from agent360.mesh.cache.shared_service import SharedCacheService
 from agent360.mesh.cache.sharing import SharedStore
 from agent360.mesh.cache.stores.memory import MemoryStore
 from agent360.mesh.cache.stores.urls import MEMORY, is_cluster
-from agent360.mesh.runtime.redis import Redis, RedisCollector
 
 _SHARDS_ON_A_CLUSTER = 16
 
@@ -80,9 +79,11 @@ def _shared_store(
     registry: CollectorRegistry,
     log: structlog.stdlib.BoundLogger,
 ) -> SharedStore:
-    # Imported here: a service with a store of its own needs neither zstandard nor msgpack.
+    # Imported here: a service with a store of its own needs neither redis-py nor zstandard.
     from agent360.mesh.cache.stores.redis import RedisStore  # noqa: PLC0415
     from agent360.mesh.cache.stores.redis.codec import Codec  # noqa: PLC0415
+    from agent360.mesh.runtime.redis import Redis, RedisCollector  # noqa: PLC0415
+    from agent360.mesh.runtime.redis.url import parse_redis_url  # noqa: PLC0415
 
     redis = Redis(settings.store, settings.redis, log)
     registry.register(RedisCollector(redis))
@@ -94,6 +95,7 @@ def _shared_store(
         Codec(shared.compress_min_bytes),
         log,
         prefix=shared.prefix,
+        database=parse_redis_url(settings.store).db,
         shards=shards,
         max_claim_s=settings.claims.max_fill_timeout_s,
     )

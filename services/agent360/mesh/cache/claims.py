@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -110,23 +110,25 @@ class Claims:
         Args:
             clock: says when claims expire.
             new_token: makes a token that cannot be guessed.
-            max_open: how many claims there may be.
+            max_open: how many claims a tenant may have.
             orphaned: told of a claim whose filler is out; None: the next caller that waits gets it.
         """
         self._clock = clock
         self._new_token = new_token
         self._max_open = max_open
         self._orphaned = orphaned or self.pass_on
-        self._by_key: dict[tuple[Space, str], Claim] = {}
+        self._by_space: dict[Space, dict[str, Claim]] = {}
+        self._by_tenant: Counter[str] = Counter()
         self._by_token: dict[str, Claim] = {}
 
     def __len__(self) -> int:
         """How many claims are open."""
-        return len(self._by_key)
+        return self._by_tenant.total()
 
     def find(self, space: Space, key: str) -> Claim | None:
         """The open claim of a key."""
-        return self._by_key.get((space, key))
+        claims = self._by_space.get(space)
+        return None if claims is None else claims.get(key)
 
     def redeem(self, token: str, tenant: str) -> Claim | None:
         """The open claim that a token of the tenant names."""
@@ -137,7 +139,7 @@ class Claims:
         """Claims a key that nobody claims.
 
         Raises:
-            MeshError: too many claims are open.
+            MeshError: the tenant has as many open claims as it may.
         """
         return self.grant(self.begin(space, key), timeout_s)
 
@@ -145,15 +147,17 @@ class Claims:
         """Opens a claim that nobody holds yet, of a key that nobody claims.
 
         Raises:
-            MeshError: too many claims are open.
+            MeshError: the tenant has as many open claims as it may.
         """
-        if len(self._by_key) >= self._max_open:
+        open_now = self._by_tenant[space.tenant]
+        if open_now >= self._max_open:
             raise MeshError(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
                 "CLAIMS_EXHAUSTED",
-                f"{len(self._by_key):,} keys are being filled, which is the most there may be",
+                f"{open_now:,} keys are being filled, which is the most a tenant may have",
             )
-        claim = self._by_key[space, key] = Claim(space, key)
+        claim = self._by_space.setdefault(space, {})[key] = Claim(space, key)
+        self._by_tenant[space.tenant] += 1
         return claim
 
     def grant(self, claim: Claim, timeout_s: float, token: str = "") -> Grant:
@@ -264,20 +268,18 @@ class Claims:
 
     def of_space(self, space: Space) -> list[Claim]:
         """The open claims of a namespace."""
-        if not self._by_key:
-            return []
-        return [claim for claim in self._by_key.values() if claim.space is space]
+        return list(self._by_space.get(space, {}).values())
 
     def all(self) -> list[Claim]:
         """All open claims."""
-        return list(self._by_key.values())
+        return [claim for claims in self._by_space.values() for claim in claims.values()]
 
     def close(self) -> None:
         """Ends all claims; who waits is told to ask again."""
         error = MeshError(
             grpc.StatusCode.UNAVAILABLE, "STOPPING", "the service stops; ask another replica"
         )
-        for claim in list(self._by_key.values()):
+        for claim in self.all():
             self.abandon(claim, error)
 
     def abandon(self, claim: Claim, error: MeshError) -> None:
@@ -303,7 +305,15 @@ class Claims:
 
     def end(self, claim: Claim) -> None:
         """Ends a claim that nobody waits for."""
-        claim.ended = True
         self.revoke(claim)
-        if self._by_key.get((claim.space, claim.key)) is claim:
-            del self._by_key[claim.space, claim.key]
+        if claim.ended:
+            return
+        claim.ended = True
+        space = claim.space
+        claims = self._by_space[space]
+        del claims[claim.key]
+        if not claims:
+            del self._by_space[space]
+        self._by_tenant[space.tenant] -= 1
+        if not self._by_tenant[space.tenant]:
+            del self._by_tenant[space.tenant]

@@ -115,22 +115,33 @@ class Journal:
         self.watchers += 1
         try:
             yield Event(self._token(position), None, reset)
+            beat_at = clock.now() + heartbeat_s
             while True:
                 while position < self._last:
-                    if position < self._last - len(self._ring):
-                        position = self._last
-                        yield Event(self._token(position), None, "too far behind")
-                        continue
-                    change, position = self._read(position, namespaces)
-                    if change is not None:
-                        yield Event(self._token(position), change)
-                changed = await self._changed(clock, heartbeat_s)
+                    if self._epoch != ours:
+                        raise interrupted()
+                    event, position = self._next(position, namespaces)
+                    if event is not None:
+                        yield event
+                        beat_at = clock.now() + heartbeat_s
                 if self._epoch != ours:
                     raise interrupted()
-                if not changed:
+                if clock.now() >= beat_at or not await self._changed(clock, beat_at):
+                    if self._epoch != ours:
+                        raise interrupted()
+                    # Also where others' namespaces change all the time: it is complete up to here.
                     yield Event(self._token(position), None)
+                    beat_at = clock.now() + heartbeat_s
         finally:
             self.watchers -= 1
+
+    def _next(self, position: int, namespaces: Container[str]) -> tuple[Event | None, int]:
+        """The next event of interest after a position, and the position after it."""
+        if position < self._last - len(self._ring):
+            position = self._last
+            return Event(self._token(position), None, "too far behind"), position
+        change, position = self._read(position, namespaces)
+        return None if change is None else Event(self._token(position), change), position
 
     def _read(self, position: int, namespaces: Container[str]) -> tuple[Change | None, int]:
         """The next change of interest, with the writes of its namespace that follow at once."""
@@ -164,10 +175,10 @@ class Journal:
             found = found._replace(names=tuple(keys), version=version, versions=exact)
         return found, position
 
-    async def _changed(self, clock: Clock, within_s: float) -> bool:
+    async def _changed(self, clock: Clock, until: float) -> bool:
         """Waits for a change; False if none came in time."""
         future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        timer = clock.call_at(clock.now() + within_s, lambda: _set(future, False))
+        timer = clock.call_at(until, lambda: _set(future, False))
         self._waiting.add(future)
         try:
             return await future

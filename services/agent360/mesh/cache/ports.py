@@ -53,8 +53,8 @@ class Store(Protocol):
     def note_reads(self) -> None:
         """Tells the eviction policy of the lookups since the last time."""
 
-    def settle_reads(self) -> None:
-        """The same, however few they are."""
+    def by_use(self, space: Space) -> list[Entry]:
+        """The entries of a namespace, those that are read most of late first."""
 
     def peek(self, space: Space, key: str, now: float) -> Entry | None:
         """The entry that is there, fresh or not; nothing is counted."""

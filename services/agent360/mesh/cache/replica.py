@@ -393,7 +393,10 @@ class Replica:
         self._claims.outdate(space, lambda _: True)
 
     async def _remove_in_slices(self, entries: Iterable[Entry | None], version: int) -> int:
-        """Removes entries not newer than ``version``, pausing so that others are served."""
+        """Removes entries not newer than ``version``, pausing so that others are served.
+
+        Entries that are over and not yet swept are let go of, and not counted.
+        """
         removed = 0
         for count, entry in enumerate(entries, 1):
             if (
@@ -401,6 +404,7 @@ class Replica:
                 and entry.version <= version
                 and entry.segment is not None
                 and entry.reachable
+                and self._store.peek(entry.space, entry.key, self._clock.now()) is entry
             ):
                 self._invalidate(entry)
                 removed += 1

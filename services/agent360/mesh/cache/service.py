@@ -132,10 +132,9 @@ class CacheService(Replica):
 
     def keys_by_use(self, space: Space, limit: int) -> Sequence[Entry]:
         """The entries of a namespace that are read most, the hottest first."""
-        self._store.settle_reads()
         now = self._clock.now()
-        live = (entry for entry in space.entries.values() if now < entry.fresh_until)
-        return sorted(live, key=lambda entry: entry.reads, reverse=True)[:limit]
+        hottest = self._store.by_use(space)
+        return [entry for entry in hottest if now < entry.fresh_until][:limit]
 
     async def hottest(self, space: Space, limit: int) -> Sequence[str]:
         """The keys that were read most in the last run, the hottest first."""

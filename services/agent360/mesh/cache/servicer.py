@@ -171,7 +171,7 @@ class CacheServicer:
             request = item.request
             try:
                 read.check_address(request.namespace, request.key)
-                space = self._service.space_to_read(item.call.tenant, request.namespace)
+                space = self._service.space(item.call.tenant, request.namespace)
             except MeshError as error:
                 emit.fail(item, error)
                 continue

@@ -22,7 +22,7 @@ class WatchSettings(Settings):
     """Changes remembered for each tenant, for watches that are slow or come back."""
     max_per_tenant: int = Field(default=256, gt=0)
     """Watches that a tenant may have open."""
-    heartbeat_s: float = Field(default=15.0, gt=0)
+    heartbeat_s: float = Field(default=5.0, gt=0)
     """How often a watch gives a sign of life, in seconds."""
 
 
@@ -33,8 +33,8 @@ class ClaimSettings(Settings):
     """How long a fill may take where the claim does not say, in seconds."""
     max_fill_timeout_s: float = Field(default=300.0, gt=0)
     """A longer time is cut to this, in seconds."""
-    max_open: int = Field(default=50_000, gt=0)
-    """Keys that may be being filled at a time."""
+    max_open: int = Field(default=10_000, gt=0)
+    """Keys of a tenant that may be being filled at a time."""
 
 
 class PolicySettings(Settings):

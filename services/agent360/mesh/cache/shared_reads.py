@@ -76,8 +76,13 @@ class SharedReads(CacheService):
         """Runs work that belongs to no call."""
         task = asyncio.get_running_loop().create_task(work, context=self._empty_context.copy())
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
         return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            self._log.error("work in the background failed", exc_info=task.exception())
 
     async def fetch(
         self,
@@ -101,7 +106,13 @@ class SharedReads(CacheService):
         return results
 
     async def copies(self, space: Space) -> AsyncIterator[Sequence[tuple[str, Payload]]]:
-        """See ``CacheService.copies``."""
+        """See ``CacheService.copies``.
+
+        Raises:
+            MeshError: the shared store is away.
+        """
+        if not self._shared.available:
+            raise store_away()
         async for keys in self._shared.keys(space):
             found = await self._shared.read([(space, key) for key in keys])
             now = self._clock.now()
@@ -112,7 +123,13 @@ class SharedReads(CacheService):
             ]
 
     async def hottest(self, space: Space, limit: int) -> Sequence[str]:
-        """See ``CacheService.hottest``."""
+        """See ``CacheService.hottest``.
+
+        Raises:
+            MeshError: the shared store is away.
+        """
+        if not self._shared.available:
+            raise store_away()
         return (await self._shared.hottest(space))[:limit]
 
     async def bring_back(self, space: Space, keys: Sequence[str]) -> int:
@@ -184,7 +201,7 @@ class SharedReads(CacheService):
                 outdated = []
                 for flight, each in zip(left, found, strict=True):
                     version = each.version if isinstance(each, SharedEntry) else 0
-                    if each is not AWAY and flight.outdates(version):
+                    if not isinstance(each, Away) and flight.outdates(version):
                         outdated.append(flight)
                     else:
                         self._flights.end(flight)
@@ -210,7 +227,7 @@ class SharedReads(CacheService):
         self, flight: Flight, space: Space, key: str, allow_stale: bool
     ) -> Claimed | MeshError:
         """Answers a lookup with what a read has found."""
-        if flight.found is AWAY:
+        if isinstance(flight.found, Away):
             return self.answer_alone(space, key, allow_stale=allow_stale)
         now, counts, entry = self._clock.now(), space.counts, flight.entry
         if entry is None:

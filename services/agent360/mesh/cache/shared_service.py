@@ -16,7 +16,7 @@ from agent360.mesh.cache.replica import unheld
 from agent360.mesh.cache.service import HOTTEST
 from agent360.mesh.cache.shared_reads import concerned_keys, store_away
 from agent360.mesh.cache.shared_writes import SharedWrites
-from agent360.mesh.cache.sharing import AWAY, SharedEntry
+from agent360.mesh.cache.sharing import AWAY, Away, SharedEntry
 
 
 class SharedCacheService(SharedWrites):
@@ -88,7 +88,9 @@ class SharedCacheService(SharedWrites):
         sealed = open_token(token)
         if sealed is None:
             return await super().fail_claimed(tenant, token)
-        space = self.space(tenant, sealed.namespace)
+        space = self._store.spaces(tenant).get(sealed.namespace)
+        if space is None:
+            space = self.space_to_read(tenant, sealed.namespace)
         return await asyncio.shield(self.spawn(self._fail(space, sealed.key, token)))
 
     # ---------------------------------------------------------------- watching and counting
@@ -145,12 +147,12 @@ class SharedCacheService(SharedWrites):
         if journal is not None:
             journal.add(Change(namespace, scope, tuple(names), version))
 
-    def released(self, tenant: str, namespace: str, key: str) -> None:
+    def released(self, tenant: str, namespace: str, key: str, nonce: str) -> None:
         """See ``Listener.released``."""
         space = self._store.spaces(tenant).get(namespace)
         claim = None if space is None else self._claims.find(space, key)
         if claim is not None:
-            self._asking.released(claim)
+            self._asking.released(claim, nonce)
 
     def missed(self, tenant: str, namespace: str) -> None:
         """See ``Listener.missed``."""
@@ -160,7 +162,7 @@ class SharedCacheService(SharedWrites):
             self._store.drop_generation(space)
             for claim in self._claims.of_space(space):
                 claim.doubted = True
-                self._asking.released(claim)
+                self._asking.released(claim, "")
         journal = self._journals.watched(tenant)
         if journal is not None:
             journal.add(Change(namespace, "all", (), 0))
@@ -248,9 +250,9 @@ class SharedCacheService(SharedWrites):
         with self._asking.deciding(claim):
             answer = await self._shared.fill(space, key, nonce, payload, keep=keep)
         self._flights.end(flight)
-        if answer is AWAY:
-            return self._fill_away(claim, payload, keep=keep)
-        if not answer.stored and keep:
+        if isinstance(answer, Away):
+            return self._fill_away(claim, payload, answer, keep=keep)
+        if not answer.stored:
             if claim is not None:
                 self._asking.lost(claim)
             return Stored(False, answer.version)
@@ -267,14 +269,16 @@ class SharedCacheService(SharedWrites):
         self._answer_waiters(space, key, entry)
         return Stored(keep, answer.version)
 
-    def _fill_away(self, claim: Claim | None, payload: Payload, *, keep: bool) -> Stored:
+    def _fill_away(
+        self, claim: Claim | None, payload: Payload, answer: Away, *, keep: bool
+    ) -> Stored:
         """The store went away between claim and fill: the value is kept here alone."""
         if claim is None:
             return Stored(False, 0, shared=False)
         now = self._clock.now()
         self._count_fill(claim, now)
         stored = self._write_settled(claim.space, claim.key, payload, now, admitted=keep)
-        self._owe(claim.space, "keys", (claim.key,))
+        self._owe(claim.space, "keys", (claim.key,), answer)
         return stored._replace(shared=False)
 
     def _fill_alone(
@@ -283,7 +287,7 @@ class SharedCacheService(SharedWrites):
         """Fills a claim that was given while the store was away."""
         stored = self.fill(tenant, token, namespace, key, payload, self._clock.now())
         if stored.stored:
-            self._owe(self.space(tenant, namespace), "keys", (key,))
+            self._owe(self.space(tenant, namespace), "keys", (key,), AWAY)
         return stored._replace(shared=False)
 
     async def _fail(self, space: Space, key: str, token: str) -> Claimed | None:
@@ -300,7 +304,9 @@ class SharedCacheService(SharedWrites):
             if claim is not None:
                 self._claims.fail(claim, entry, pause_s)
             return Claimed(entry, fail_safe=True)
-        stand_in = self.standing_in(space, key, self._clock.now()) if answer is AWAY else None
+        stand_in = (
+            self.standing_in(space, key, self._clock.now()) if isinstance(answer, Away) else None
+        )
         if stand_in is not None:
             if claim is not None:
                 self._claims.fail(claim, stand_in, pause_s)

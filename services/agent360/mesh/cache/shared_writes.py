@@ -10,12 +10,11 @@ from agent360.client.errors import MeshError
 from agent360.mesh.cache.changes import Condition, Removed, Scope, Stored
 from agent360.mesh.cache.claims import Claimed
 from agent360.mesh.cache.entry import Entry, Payload, Space
-from agent360.mesh.cache.flights import Flight
 from agent360.mesh.cache.owed import Debt
 from agent360.mesh.cache.replica import Write, count_stored, unheld
 from agent360.mesh.cache.service import Invalidated
 from agent360.mesh.cache.shared_reads import SharedReads
-from agent360.mesh.cache.sharing import AWAY, Away, SharedEntry, SharedRemoved, SharedWrite
+from agent360.mesh.cache.sharing import Away, SharedEntry, SharedRemoved, SharedWrite
 
 _REPAY_AGAIN_S: Final = 0.1
 
@@ -35,25 +34,32 @@ class SharedWrites(SharedReads):
     async def write_all(self, writes: Sequence[Write], now: float) -> Sequence[Stored | MeshError]:
         """See ``CacheService.write_all``."""
         results: list[Any] = [None] * len(writes)
-        sent: list[tuple[int, SharedWrite, Flight]] = []
-        for index, each in enumerate(writes):
-            space, key, payload, condition, if_version = each
+        sent: list[int] = []
+        wishes: list[SharedWrite] = []
+        refused: list[int] = []
+        for index, (space, key, payload, condition, if_version) in enumerate(writes):
             try:
                 self.check_size(key, payload)
             except MeshError as error:
                 results[index] = error
                 continue
-            payload = space.policy.settled(payload)
-            if self.admits(space, key, payload, now):
-                flight = self._flights.begin(space, key, read=False)
-                write = SharedWrite(space, key, payload, condition, if_version)
-                sent.append((index, write, flight))
+            settled = space.policy.settled(payload)
+            if self.admits(space, key, settled, now):
+                sent.append(index)
+                wishes.append(SharedWrite(space, key, settled, condition, if_version))
             else:
-                results[index] = await self._refuse(space, key, payload, condition, now)
-        if sent:
-            answers = await asyncio.shield(self.spawn(self._write(sent)))
-            for (index, _, _), answer in zip(sent, answers, strict=True):
+                results[index] = Stored(False, 0)
+                if condition is Condition.ALWAYS:
+                    self._refuse(space, key, settled, now)
+                    refused.append(index)
+        places = [(writes[index].space, writes[index].key) for index in refused]
+        if wishes or places:
+            work = self.spawn(self._write_and_remove(wishes, places))
+            stored, removed = await asyncio.shield(work)
+            for index, answer in zip(sent, stored, strict=True):
                 results[index] = answer
+            for index, gone in zip(refused, removed, strict=True):
+                results[index] = Stored(False, 0, gone.shared)
         return results
 
     async def delete_all(
@@ -82,24 +88,33 @@ class SharedWrites(SharedReads):
             await self._owing.wait()
             self._owing.clear()
             while self._owed:
-                if self._shared.available:
-                    for debt in list(self._owed.debts()):
-                        if not await self._pay(debt):
-                            break
+                for debt in list(self._owed.debts()):
+                    if await self._pay(debt):
                         self._owed.paid(debt)
                 if self._owed:
                     await asyncio.sleep(_REPAY_AGAIN_S)
 
     # ---------------------------------------------------------------- within
 
-    async def _write(self, sent: Sequence[tuple[int, SharedWrite, Flight]]) -> list[Stored]:
-        answers = await self._shared.write([write for _, write, _ in sent])
+    async def _write_and_remove(
+        self, writes: Sequence[SharedWrite], refused: Sequence[tuple[Space, str]]
+    ) -> tuple[list[Stored], list[Removed]]:
+        """Writes entries; what others would have replaced that were refused goes all the same."""
+        removed = await self._delete(refused) if refused else []
+        return (await self._write(writes) if writes else []), removed
+
+    async def _write(self, writes: Sequence[SharedWrite]) -> list[Stored]:
+        flights = [self._flights.begin(each.space, each.key, read=False) for each in writes]
+        try:
+            answers = await self._shared.write(writes)
+        finally:
+            for flight in flights:
+                self._flights.end(flight)
         results = []
-        for (_, write, flight), answer in zip(sent, answers, strict=True):
-            self._flights.end(flight)
+        for write, flight, answer in zip(writes, flights, answers, strict=True):
             space, key, payload = write.space, write.key, write.payload
-            if answer is AWAY:
-                results.append(self._write_alone(write))
+            if isinstance(answer, Away):
+                results.append(self._write_alone(write, answer))
                 continue
             if not answer.stored:
                 results.append(Stored(False, answer.version))
@@ -111,7 +126,7 @@ class SharedWrites(SharedReads):
             results.append(Stored(True, answer.version))
         return results
 
-    def _write_alone(self, write: SharedWrite) -> Stored:
+    def _write_alone(self, write: SharedWrite, answer: Away) -> Stored:
         """Carries a write out in memory, and owes it."""
         space, key, payload, condition, if_version = write
         now = self._clock.now()
@@ -120,28 +135,22 @@ class SharedWrites(SharedReads):
             if version is not None:
                 return Stored(False, version, shared=False)
         stored = self._write_settled(space, key, payload, now, admitted=True)
-        self._owe(space, "keys", (key,))
+        self._owe(space, "keys", (key,), answer)
         return stored._replace(shared=False)
 
-    async def _refuse(
-        self, space: Space, key: str, payload: Payload, condition: Condition, now: float
-    ) -> Stored:
-        """The policy lets an entry not in: what it would have replaced goes all the same."""
-        if condition is not Condition.ALWAYS:
-            return Stored(False, 0)
+    def _refuse(self, space: Space, key: str, payload: Payload, now: float) -> None:
+        """The policy lets an entry not in: who waits for it gets it all the same."""
         space.counts.sets += 1
         entry = unheld(space, key, payload, now + payload.ttl_s, self._next_version())
         self._answer_waiters(space, key, entry)
-        (removed,) = await self.delete_all([(space, key)], now)
-        return Stored(False, 0, removed.shared)
 
     async def _delete(self, wanted: Sequence[tuple[Space, str]]) -> list[Removed]:
         answers = await self._shared.delete(wanted)
         results = []
         for (space, key), answer in zip(wanted, answers, strict=True):
-            if answer is AWAY:
+            if isinstance(answer, Away):
                 removed = self._remove_keys(space, (key,), self._clock.now())
-                self._owe(space, "keys", (key,))
+                self._owe(space, "keys", (key,), answer)
                 results.append(Removed(removed, shared=False))
                 continue
             self._outdate(space, key, answer.version)
@@ -177,9 +186,9 @@ class SharedWrites(SharedReads):
             answer = await self._shared.remove_prefix(space, names[0])
         else:
             answer = await self._shared.remove_tags(space, names)
-        if answer is AWAY:
+        if isinstance(answer, Away):
             version = self._next_version()
-            self._owe(space, scope, names)
+            self._owe(space, scope, names, answer)
             if scope == "prefix":
                 return await self._remove_prefix(space, names[0], version), False
             return await self._remove_tags(space, names, version), False
@@ -193,9 +202,9 @@ class SharedWrites(SharedReads):
         for flight in flights:
             self._flights.end(flight)
         self._record(space, "all", 0)
-        if answer is AWAY:
+        if isinstance(answer, Away):
             self._move(space)
-            self._owe(space, "all", ())
+            self._owe(space, "all", (), answer)
             warmed = await self._warm(space, warm)
             return Invalidated(0, self._shared.version_of(space), shared=False, warmed=warmed)
         space.counts.invalidations += self._store.drop_generation(space)
@@ -208,8 +217,8 @@ class SharedWrites(SharedReads):
         writes = [Write(space, key, payload) for key, payload in warm]
         return count_stored(await self.write_all(writes, self._clock.now()))
 
-    def _owe(self, space: Space, scope: Scope, names: Sequence[str]) -> None:
-        self._owed.add(space, scope, names, self._shared.newest_version)
+    def _owe(self, space: Space, scope: Scope, names: Sequence[str], answer: Away) -> None:
+        self._owed.add(space, scope, names, self._shared.version_after(answer))
         self._owing.set()
 
     async def _pay(self, debt: Debt) -> bool:
@@ -227,7 +236,7 @@ class SharedWrites(SharedReads):
                 await shared.remove_prefix(space, prefix, upto)
                 for prefix, upto in debt.names.items()
             ]
-        return all(answer is not AWAY for answer in answers)
+        return all(not isinstance(answer, Away) for answer in answers)
 
     def _answer_waiters(self, space: Space, key: str, entry: Entry) -> None:
         """The key was written: who waits for its fill gets that."""

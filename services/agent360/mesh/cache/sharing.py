@@ -14,9 +14,13 @@ class Away(Enum):
     """Stands for the answer of a shared store that is away."""
 
     AWAY = "away"
+    """It was not asked, or has done nothing."""
+    UNSURE = "unsure"
+    """What it was asked for may have been done, or may still be done for a moment."""
 
 
 AWAY: Final = Away.AWAY
+UNSURE: Final = Away.UNSURE
 
 
 class SharedEntry(NamedTuple):
@@ -92,9 +96,11 @@ class SharedWrite(NamedTuple):
 class SharedStore(Protocol):
     """Entries, claims and changes that all replicas share.
 
-    Every method answers AWAY, for each thing that was asked, when the store cannot be reached or
-    does not answer in time. What was asked is carried out or not as a whole, and is carried on
-    with when the caller is cancelled. Versions are given by the store and grow.
+    Every method answers ``Away``, for each thing that was asked, when the store cannot be reached
+    or does not answer in time. What was asked is carried out or not as a whole, and is carried on
+    with when the caller is cancelled; it is not carried out any more once the caller was told that
+    the store is away and the time that it waits at most has passed. Versions are given by the
+    store and grow.
     """
 
     @property
@@ -108,6 +114,9 @@ class SharedStore(Protocol):
     @property
     def newest_version(self) -> int:
         """A version that no entry written so far is above."""
+
+    def version_after(self, answer: Away) -> int:
+        """A version that nothing which was asked for before such an answer will be above."""
 
     def version_of(self, space: Space) -> int:
         """The namespace's version as last seen here; 0 if it has none yet."""
@@ -142,7 +151,10 @@ class SharedStore(Protocol):
     async def fill(
         self, space: Space, key: str, nonce: str, payload: Payload, *, keep: bool
     ) -> SharedWritten | Away:
-        """Stores what was claimed; with ``keep`` false only ends the claim."""
+        """Stores what was claimed; with ``keep`` false only ends the claim.
+
+        ``stored`` tells whether the claim was still valid.
+        """
 
     async def release(
         self, space: Space, key: str, nonce: str, pause_s: float
@@ -193,8 +205,8 @@ class Listener(Protocol):
         keys the version is for.
         """
 
-    def released(self, tenant: str, namespace: str, key: str) -> None:
-        """A claim ended without a fill."""
+    def released(self, tenant: str, namespace: str, key: str, nonce: str) -> None:
+        """The claim that the nonce names ended without a fill."""
 
     def missed(self, tenant: str, namespace: str) -> None:
         """Changes of a namespace may have gone unheard."""

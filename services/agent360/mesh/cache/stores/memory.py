@@ -128,9 +128,11 @@ class MemoryStore:
         if len(self._reads) >= _READS_AT_ONCE:
             self._flush_reads()
 
-    def settle_reads(self) -> None:
-        """See ``Store.settle_reads``."""
+    def by_use(self, space: Space) -> list[Entry]:
+        """See ``Store.by_use``."""
         self._flush_reads()
+        frequency = self._shares.of(space.tenant).policy.frequency
+        return sorted(space.entries.values(), key=frequency, reverse=True)
 
     def peek(self, space: Space, key: str, now: float) -> Entry | None:
         """See ``Store.peek``."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Final
 from urllib.parse import urlsplit
 
-from agent360.mesh.runtime.redis import check_redis_url
-
 MEMORY: Final = "memory://"
 _REDIS: Final = ("redis", "rediss", "redis+cluster", "rediss+cluster")
 
@@ -19,6 +17,12 @@ def check_store_url(url: str) -> str:
     """
     scheme = urlsplit(url).scheme
     if scheme in _REDIS:
+        try:
+            from agent360.mesh.runtime.redis import check_redis_url  # noqa: PLC0415 - an extra
+        except ImportError as error:
+            raise ValueError(
+                f"a store {scheme}:// needs the extra agent360-mesh[redis]: {error}"
+            ) from error
         return check_redis_url(url)
     if f"{scheme}://" != MEMORY:
         known = ", ".join((MEMORY, *(f"{each}://" for each in _REDIS)))

@@ -15,6 +15,9 @@ from redis._parsers.base import BaseParser  # isort: skip
 
 from agent360.mesh.runtime.redis.failures import RedisAwayError
 
+_MOST_TIMEOUTS: Final = 10
+"""Large replies may take this many timeouts, as long as something of them comes within each."""
+
 UNFINISHED: Final = object()
 """What the reader gives while a reply has not arrived whole."""
 
@@ -129,6 +132,8 @@ class Connection(Wire):
         self._context = contextvars.Context()
         self._exchange: Exchange | None = None
         self._given_up = False
+        self._fed_at = -math.inf
+        """When a part of the replies was last received, on the loop's clock."""
 
     def begin(self, exchange: Exchange, timeout_s: float | None = None) -> None:
         """Sends commands; the connection must be free and usable."""
@@ -162,6 +167,7 @@ class Connection(Wire):
             while len(replies) < count:
                 reply = reader.gets()
                 if reply is UNFINISHED:
+                    self._fed_at = self.loop.time()
                     return
                 replies.append(reply)
         except (InvalidResponse, ProtocolError, RedisError) as error:
@@ -186,6 +192,13 @@ class Connection(Wire):
         self._fail(f"the connection was lost: {error or 'closed by the server'}", "lost")
 
     def _expire(self) -> None:
+        """The time is over, unless large replies are still coming in."""
+        exchange, now = self._exchange, self.loop.time()
+        if exchange is not None and now - exchange.begun_at < _MOST_TIMEOUTS * self._timeout_s:
+            until = self._fed_at + self._timeout_s
+            if until > now and self._fed_at > exchange.begun_at:
+                exchange.timer = self.loop.call_at(until, self._expire, context=self._context)
+                return
         self._fail(f"no answer within {self._timeout_s} s", "timeout")
 
     def _fail(self, reason: str, fault: Fault) -> None:

@@ -26,7 +26,8 @@ class RedisSettings(Settings):
     connect_timeout_s: float = Field(default=0.5, gt=0)
     """How long a connection may take to open, TLS and login included, in seconds."""
     timeout_s: float = Field(default=0.5, gt=0)
-    """How long the replies to one pipeline of commands are waited for, in seconds."""
+    """How long the replies to one pipeline of commands, or the next piece of large ones, are waited
+    for, in seconds."""
     wait_timeout_s: float = Field(default=0.25, gt=0)
     """How long commands wait for a free connection, in seconds."""
     max_waiting: int = Field(default=10_000, gt=0)

@@ -17,6 +17,8 @@ class Backplane:
     """
 
     def __init__(self, redis: Redis, channel: bytes, shards: Shards, listener: Listener) -> None:
+        self.newest = 0
+        """The newest version that was heard of."""
         self._shards = shards
         self._listener = listener
         self._subscription = Subscription(
@@ -51,9 +53,14 @@ class Backplane:
             if before is not None:
                 self._listener.missed(shard.tenant, shard.namespace)
 
-    def _on_up(self) -> None:
+    def forget(self) -> None:
+        """The store may be another, or an older copy of itself: its versions are learnt anew."""
         for shard in self._shards.all():
             shard.last = 0
+            shard.version = None
+
+    def _on_up(self) -> None:
+        self.forget()
         self._listener.hears()
 
     def _on_message(self, _: bytes, payload: bytes) -> None:
@@ -66,6 +73,8 @@ class Backplane:
         if shard.last and shard.last < message.previous:
             self._listener.missed(shard.tenant, shard.namespace)
         shard.last = max(shard.last, message.latest)
+        shard.newest = max(shard.newest, message.latest)
+        self.newest = max(self.newest, message.latest)
         self._tell(shard, message)
 
     def _tell(self, shard: Shard, message: Message) -> None:
@@ -88,4 +97,4 @@ class Backplane:
                     shard.version = message.space
                 listener.invalidated(tenant, namespace, "all", (), version, within)
             case "c":
-                listener.released(tenant, namespace, names[0])
+                listener.released(tenant, namespace, *names)

@@ -23,7 +23,7 @@ class Message(msgspec.Struct, array_like=True, gc=False):
     space: str
     """The namespace's version after it."""
     names: Any
-    """Keys and versions, a prefix, a tag, or a key."""
+    """Keys and versions, a prefix, a tag, or a key and the nonce of its claim."""
 
 
 class KeyVersion(NamedTuple):

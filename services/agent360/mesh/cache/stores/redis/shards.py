@@ -17,10 +17,10 @@ class Shard:
 
     ``version`` is the namespace's version as last seen here, None where that is not known;
     ``asked`` then tells whether the store has none. ``last`` is the last version that a change of
-    the shard was given, 0 where that is not known.
+    the shard was given, 0 where that is not known, and ``newest`` the newest that was heard of.
     """
 
-    __slots__ = ("asked", "base", "last", "meta", "namespace", "tenant", "version")
+    __slots__ = ("asked", "base", "last", "meta", "namespace", "newest", "tenant", "version")
 
     def __init__(self, base: str, tenant: str, namespace: str) -> None:
         self.base = base
@@ -30,10 +30,16 @@ class Shard:
         self.version: str | None = None
         self.asked = False
         self.last = 0
+        self.newest = 0
 
     def entry_key(self, key: str, version: str) -> str:
         """Where an entry of a version of the namespace is."""
         return f"{self.base}:e:{key}:v{version}"
+
+    @property
+    def seq(self) -> str:
+        """Where the last version is that was given."""
+        return f"{self.base}:seq"
 
     @property
     def hot_key(self) -> str:

@@ -24,6 +24,7 @@ from agent360.mesh.cache.entry import Payload, Space
 from agent360.mesh.cache.ports import Clock
 from agent360.mesh.cache.sharing import (
     AWAY,
+    UNSURE,
     Away,
     Listener,
     SharedAsk,
@@ -37,7 +38,7 @@ from agent360.mesh.cache.stores.redis.backplane import Backplane
 from agent360.mesh.cache.stores.redis.codec import Codec
 from agent360.mesh.cache.stores.redis.scripts import Scripts
 from agent360.mesh.cache.stores.redis.shards import Shard, Shards
-from agent360.mesh.runtime.redis import Command, Redis
+from agent360.mesh.runtime.redis import Command, Redis, RedisAwayError
 
 _WRITES_AT_ONCE: Final = 128
 _KEYS_AT_ONCE: Final = 1_000
@@ -63,6 +64,7 @@ class RedisStore:
         log: structlog.stdlib.BoundLogger,
         *,
         prefix: str,
+        database: int,
         shards: int,
         max_claim_s: float,
     ) -> None:
@@ -74,6 +76,7 @@ class RedisStore:
             codec: makes bytes of entries.
             log: of the service.
             prefix: of all keys, and of the channel.
+            database: the number of the servers' database; channels are the same for all of them.
             shards: how many parts a namespace is divided into.
             max_claim_s: how long a claim may last at most.
         """
@@ -83,18 +86,25 @@ class RedisStore:
         self._log = log
         self._shards = Shards(prefix, shards)
         self._scripts = Scripts(redis)
-        self._channel = f"{prefix}:changes".encode()
+        self._channel = f"{prefix}:changes:{database}".encode()
         self._max_claim_ms = math.ceil(max_claim_s * 1e3)
+        patience_s = redis.settings.timeout_s + redis.settings.wait_timeout_s
+        self._window_us = math.ceil(patience_s * 1e6)
         self._backplane: Backplane | None = None
         self._reclaiming: set[asyncio.Task[None]] = set()
         self._complained: set[str] = set()
 
     async def start(self, listener: Listener) -> None:
         """Connects; returns when the servers answer and changes are heard."""
-        self._redis.on_change(listener.reaches)
+        self._redis.on_change(lambda available: self._reaches(listener, available))
         await self._redis.start()
         self._backplane = Backplane(self._redis, self._channel, self._shards, listener)
         await self._backplane.start()
+
+    def _reaches(self, listener: Listener, available: bool) -> None:
+        if available and self._backplane is not None:
+            self._backplane.forget()
+        listener.reaches(available)
 
     async def close(self) -> None:
         """Disconnects."""
@@ -118,7 +128,12 @@ class RedisStore:
     @property
     def newest_version(self) -> int:
         """See ``SharedStore.newest_version``."""
-        return self._redis.now_us()
+        heard = 0 if self._backplane is None else self._backplane.newest
+        return max(self._redis.now_us(), heard)
+
+    def version_after(self, answer: Away) -> int:
+        """See ``SharedStore.version_after``."""
+        return self.newest_version + (self._window_us if answer is UNSURE else 0)
 
     def version_of(self, space: Space) -> int:
         """See ``SharedStore.version_of``."""
@@ -161,7 +176,7 @@ class RedisStore:
         again: dict[Shard, list[int]] = {}
         replies = await self._run(commands, repeatable=True)
         for (shard, version, part), reply in zip(parts, replies, strict=True):
-            if reply is AWAY:
+            if isinstance(reply, Away):
                 continue
             self._saw_version(shard, reply[0])
             if shard.version is not None and shard.version != version:
@@ -186,7 +201,7 @@ class RedisStore:
             while True:
                 arguments = ("ZRANGEBYLEX", index, after, "+", "LIMIT", 0, _KEYS_AT_ONCE)
                 (reply,) = await self._run([Command(shard.meta, arguments)], repeatable=True)
-                if reply is AWAY or not reply:
+                if isinstance(reply, Away) or not reply:
                     break
                 yield [key.decode() for key in reply]
                 after = b"(" + reply[-1]
@@ -200,7 +215,7 @@ class RedisStore:
         commands, parts = [], []
         for shard, indexes in by_shard.items():
             for part in _parts(indexes, _WRITES_AT_ONCE):
-                arguments: list[Any] = [self._channel, 0, len(part)]
+                arguments: list[Any] = [*self._head(), 0, len(part)]
                 for index in part:
                     each = writes[index]
                     arguments += await self._written(
@@ -210,7 +225,8 @@ class RedisStore:
                 parts.append((shard, part))
         replies = await self._run(commands)
         for (shard, part), reply in zip(parts, replies, strict=True):
-            if reply is AWAY:
+            if isinstance(reply, Away):
+                _fill_in(results, part, reply)
                 continue
             self._saw_version(shard, reply[0])
             for index, (stored, version) in zip(part, reply[3:], strict=True):
@@ -228,14 +244,15 @@ class RedisStore:
         commands, parts = [], []
         for shard, indexes in by_shard.items():
             for part in _parts(indexes, _KEYS_AT_ONCE):
-                arguments: list[Any] = [self._channel]
+                arguments: list[Any] = self._head()
                 for index in part:
                     arguments += [wanted[index][1], bounds[index]]
                 commands.append(self._scripts.delete.command([shard.meta], arguments))
                 parts.append((shard, part))
         replies = await self._run(commands)
         for (shard, part), reply in zip(parts, replies, strict=True):
-            if reply is AWAY:
+            if isinstance(reply, Away):
+                _fill_in(results, part, reply)
                 continue
             self._saw_version(shard, reply[0])
             for index, removed in zip(part, reply[2:], strict=True):
@@ -253,14 +270,15 @@ class RedisStore:
         left = [(shard, shard.version) for shard in shards]
         commands = []
         for shard, indexes in by_shard.items():
-            arguments: list[Any] = [self._channel, 1, len(indexes)]
+            arguments: list[Any] = [*self._head(), 1, len(indexes)]
             for index in indexes:
                 key, payload = warm[index]
                 arguments += await self._written(space, key, payload, Condition.ALWAYS, 0)
             commands.append(self._scripts.write.command([shard.meta], arguments))
         replies = await self._run(commands)
-        if any(reply is AWAY for reply in replies):
-            return AWAY
+        failed = [reply for reply in replies if isinstance(reply, Away)]
+        if failed:
+            return _worst(failed)
         results: list[Any] = [None] * len(warm)
         for (shard, indexes), reply in zip(by_shard.items(), replies, strict=True):
             self._saw_version(shard, reply[0])
@@ -282,8 +300,8 @@ class RedisStore:
         total, newest = 0, 0
         for tag in dict.fromkeys(tags):
             removed = await self._remove_everywhere(space, self._remove_tag, tag, upto)
-            if removed is AWAY:
-                return AWAY
+            if isinstance(removed, Away):
+                return removed
             total, newest = total + removed.entries, max(newest, removed.version)
         return SharedRemoved(total, newest)
 
@@ -295,7 +313,7 @@ class RedisStore:
         by_shard = self._by_shard((ask.space, ask.key) for ask in asks)
         commands = []
         for shard, indexes in by_shard.items():
-            arguments: list[Any] = [self._channel]
+            arguments: list[Any] = self._head()
             for index in indexes:
                 ask = asks[index]
                 arguments += [ask.key, ask.nonce, math.ceil(ask.timeout_s * 1e3)]
@@ -303,7 +321,7 @@ class RedisStore:
             commands.append(self._scripts.claim.command([shard.meta], arguments))
         replies = await self._run(commands)
         for (shard, indexes), reply in zip(by_shard.items(), replies, strict=True):
-            if reply is AWAY:
+            if isinstance(reply, Away):
                 continue
             self._saw_version(shard, reply[0])
             for index, row in zip(indexes, reply[2:], strict=True):
@@ -319,7 +337,7 @@ class RedisStore:
         """See ``SharedStore.fill``."""
         shard = self._shards.of_key(space.tenant, space.name, key)
         encoded = await self._codec.encode(payload, space.policy.fail_safe_s)
-        arguments: list[Any] = [self._channel, key, nonce, 0 if keep else 1, *encoded]
+        arguments: list[Any] = [*self._head(), key, nonce, 0 if keep else 1, *encoded]
         reply = await self._run_one(self._scripts.fill.command([shard.meta], arguments))
         if isinstance(reply, Away):
             return reply
@@ -333,7 +351,7 @@ class RedisStore:
         shard = self._shards.of_key(space.tenant, space.name, key)
         fail_safe_us = round(space.policy.fail_safe_s * 1e6)
         pause_ms = math.ceil(pause_s * 1e3)
-        arguments: list[Any] = [self._channel, key, nonce, pause_ms, fail_safe_us]
+        arguments: list[Any] = [*self._head(), key, nonce, pause_ms, fail_safe_us]
         reply = await self._run_one(self._scripts.release.command([shard.meta], arguments))
         if isinstance(reply, Away):
             return reply
@@ -353,11 +371,15 @@ class RedisStore:
         """See ``SharedStore.hottest``."""
         shard = self._shards.of(space.tenant, space.name)[0]
         (reply,) = await self._run([Command(shard.meta, ("GET", shard.hot_key))], repeatable=True)
-        if reply is AWAY or reply is None:
+        if isinstance(reply, Away) or reply is None:
             return ()
         return msgspec.msgpack.decode(reply, type=list[str])
 
     # ---------------------------------------------------------------- within
+
+    def _head(self) -> list[Any]:
+        """The first arguments of every script: the channel, and when it is too late to begin."""
+        return [self._channel, self._redis.now_us() + self._window_us]
 
     def _by_shard(self, wanted: Iterable[tuple[Space, str]]) -> dict[Shard, list[int]]:
         """The places of keys in a list, by the shards of the keys."""
@@ -368,7 +390,7 @@ class RedisStore:
         return found
 
     async def _run(self, commands: Sequence[Command], *, repeatable: bool = False) -> list[Any]:
-        """The replies; AWAY in the place of those that cannot be had."""
+        """The replies; ``Away`` in the place of those that cannot be had."""
         if not commands:
             return []
         replies: list[Any] = await self._redis.run(commands, repeatable=repeatable)
@@ -385,18 +407,38 @@ class RedisStore:
         if kind not in self._complained and len(self._complained) < 100:
             self._complained.add(kind)
             self._log.warning("the shared store does not serve", error=text)
-        return AWAY
+        return UNSURE if isinstance(error, RedisAwayError) and error.sent else AWAY
 
     async def _learn_versions(self, shards: Any) -> None:
         """Asks for the versions of namespaces that are not known here."""
         unknown = [shard for shard in shards if shard.version is None]
-        if unknown:
-            commands = [Command(shard.meta, ("GET", shard.meta)) for shard in unknown]
-            replies = await self._run(commands, repeatable=True)
-            for shard, reply in zip(unknown, replies, strict=True):
-                shard.asked = reply is not AWAY
-                if shard.asked:
-                    self._saw_version(shard, reply)
+        if not unknown:
+            return
+        commands = [Command(shard.meta, ("MGET", shard.meta, shard.seq)) for shard in unknown]
+        replies = await self._run(commands, repeatable=True)
+        for shard, reply in zip(unknown, replies, strict=True):
+            shard.asked = not isinstance(reply, Away)
+            if isinstance(reply, Away):
+                continue
+            version, newest = reply
+            if version is not None and int(newest or 0) < shard.newest:
+                version = await self._leave(shard)
+            self._saw_version(shard, version)
+
+    async def _leave(self, shard: Shard) -> bytes | None:
+        """Moves a shard to its next version: the store has lost changes that were made to it.
+
+        It was restarted from an older copy, or a copy took its place: what was invalidated since
+        may be there again.
+        """
+        self._log.warning("the shared store has lost changes", namespace=shard.namespace)
+        command = self._scripts.write.command([shard.meta], [*self._head(), 1, 0])
+        reply = await self._run_one(command)
+        if isinstance(reply, Away):
+            return None
+        shard.newest = 0
+        version: bytes = reply[0]
+        return version
 
     def _saw_version(self, shard: Shard, version: bytes | None) -> None:
         if self._backplane is not None:
@@ -440,9 +482,9 @@ class RedisStore:
     ) -> SharedRemoved | Away:
         shards = self._shards.of(space.tenant, space.name)
         results = await asyncio.gather(*(remove(shard, name, upto) for shard in shards))
-        removed = [result for result in results if result is not AWAY]
+        removed = [result for result in results if not isinstance(result, Away)]
         if len(removed) < len(results):
-            return AWAY
+            return _worst([result for result in results if isinstance(result, Away)])
         return SharedRemoved(
             sum(each.entries for each in removed), max(each.version for each in removed)
         )
@@ -450,7 +492,7 @@ class RedisStore:
     async def _remove_prefix(self, shard: Shard, prefix: str, upto: int) -> SharedRemoved | Away:
         version, after, removed = str(upto or "").encode(), b"", 0
         while True:
-            arguments: list[Any] = [self._channel, prefix, version, after, _KEYS_AT_ONCE]
+            arguments: list[Any] = [*self._head(), prefix, version, after, _KEYS_AT_ONCE]
             reply = await self._run_one(self._scripts.prefix.command([shard.meta], arguments))
             if isinstance(reply, Away):
                 return reply
@@ -464,7 +506,7 @@ class RedisStore:
         version, cursor, removed = str(upto or "").encode(), b"0", 0
         while True:
             arguments: list[Any] = [
-                self._channel,
+                *self._head(),
                 tag,
                 version,
                 cursor,
@@ -487,7 +529,7 @@ class RedisStore:
         task.add_done_callback(self._reclaiming.discard)
 
     async def _reclaim_all(self, shard: Shard, version: str) -> None:
-        arguments: list[Any] = [self._channel, version, _KEYS_AT_ONCE]
+        arguments: list[Any] = [*self._head(), version, _KEYS_AT_ONCE]
         while True:
             reply = await self._run_one(self._scripts.reclaim.command([shard.meta], arguments))
             if isinstance(reply, Away) or not reply:
@@ -498,3 +540,12 @@ def _parts(places: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     """A list in parts of at most a size."""
     for first in range(0, len(places), size):
         yield places[first : first + size]
+
+
+def _fill_in(results: list[Any], places: Sequence[int], value: Away) -> None:
+    for place in places:
+        results[place] = value
+
+
+def _worst(answers: Sequence[Away]) -> Away:
+    return UNSURE if UNSURE in answers else AWAY

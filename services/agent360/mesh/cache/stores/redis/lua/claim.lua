@@ -3,11 +3,11 @@
 -- Answers {namespace version, last version, {1, entry} fresh | {2, remaining (microseconds), failed (0 or 1), entry} claimed by
 -- another | {3, entry} granted ...}; the entry is empty where there is none.
 local now = clock()
-local space = space_version(now)
+local space = redis.call('GET', base .. ':meta')
 local results = {space, text(last_version())}
 for at = 2, #ARGV, 4 do
   local key, nonce, timeout_ms, early = ARGV[at], ARGV[at + 1], tonumber(ARGV[at + 2]), ARGV[at + 3]
-  local entry = entry_key(key, space)
+  local entry = entry_key(key, space or '')
   local version, written, ttl = head_of(entry)
   local fresh = version and now < written + ttl
   if fresh and (early == '' or version ~= tonumber(early)) then

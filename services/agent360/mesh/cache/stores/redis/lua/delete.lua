@@ -23,6 +23,7 @@ for i = 2, #ARGV, 2 do
 end
 if #changed > 0 then
   save_version(version)
+  keep_versions(0)
   publish('k', previous, version, version, space, changed)
 end
 results[2] = text(version)

@@ -1,12 +1,12 @@
 -- Stores what a claim was for. ARGV: channel, key, nonce, refused ('1': the claim ends and nothing is kept), keep_ms, ttl_us,
 -- tags, body.
--- Answers {namespace version, now, stored (0 or 1), version}: of the entry now in place, 0 if there is none.
+-- Answers {namespace version, now, valid (0 or 1), version}: of the entry now in place, 0 if there is none.
 local key, nonce, refused = ARGV[2], ARGV[3], ARGV[4] == '1'
 local keep_ms, ttl_us, tags, body = tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7], ARGV[8]
 local now = clock()
 local space = space_version(now)
 local holder, began = claim_of(key, now)
-local valid = holder == nonce
+local valid = nonce ~= '' and holder == nonce
 local previous = last_version()
 if valid and #tags > 0 then
   for _, tag in ipairs(cmsgpack.unpack(tags)) do
@@ -15,7 +15,7 @@ if valid and #tags > 0 then
   end
   if not valid then
     redis.call('HDEL', base .. ':c', key)
-    publish('c', previous, previous, 0, space, {key})
+    publish('c', previous, previous, 0, space, {key, nonce})
   end
 end
 if not valid then
@@ -30,7 +30,8 @@ else
   put(space, version, now, key, keep_ms, ttl_us, tags, body)
   local index = base .. ':i:v' .. space
   keep_at_least(index, keep_ms)
-  tidy(index, space, 2)
+  keep_versions(keep_ms)
+  tidy(index, space, 4)
 end
 publish('k', previous, version, version, space, {key, version})
-return {space, text(now), refused and 0 or 1, refused and '0' or text(version)}
+return {space, text(now), 1, refused and '0' or text(version)}

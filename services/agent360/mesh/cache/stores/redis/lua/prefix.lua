@@ -6,9 +6,21 @@ local now = clock()
 local space = space_version(now)
 local previous = last_version()
 local new = not upto
+if after == '' and redis.call('PTTL', base .. ':seq') > DAY_MS and redis.call('EXISTS', base .. ':i:v' .. space) == 0 then
+  -- There are entries and no index: it was evicted. The namespace leaves what is still there.
+  local version = math.max(previous, now - 1) + 1
+  space = text(tonumber(space) + 1)
+  redis.call('SET', base .. ':meta', space, 'KEEPTTL')
+  redis.call('DEL', base .. ':c', base .. ':x')
+  save_version(version)
+  keep_versions(0)
+  publish('a', previous, version, version, space, {})
+  return {space, text(version), 0, ''}
+end
 if new then
   upto = math.max(previous, now - 1) + 1
   save_version(upto)
+  keep_versions(0)
 end
 if after == '' then
   for _, key in ipairs(redis.call('HKEYS', base .. ':c')) do

@@ -11,15 +11,23 @@
 --
 -- The head of an entry: its version, when it was written (microseconds of this server's clock), for how long it is fresh
 -- (microseconds), and the length of its tags.
+--
+-- ARGV[1] is the channel; ARGV[2], which is taken out here, the time after which it is too late to begin: the caller has given up
+-- then, and may have done something else since.
 local base = string.sub(KEYS[1], 1, -6)
 local channel = ARGV[1]
+local deadline = tonumber(table.remove(ARGV, 2))
 local HEAD = '>I8I8I8I4'
 local HEAD_BYTES = 28
+-- For so long :meta and :seq outlive the last entry. What comes after them is by the clock, and above all before.
+local DAY_MS = 86400000
 
 local function clock()
   local t = redis.call('TIME')
   return t[1] * 1000000 + t[2]
 end
+
+if clock() > deadline then return redis.error_reply('LATE the caller has given up') end
 
 local function text(number)
   return string.format('%.0f', number)
@@ -34,7 +42,7 @@ local function space_version(now)
   local space = redis.call('GET', base .. ':meta')
   if not space then
     space = text(now)
-    redis.call('SET', base .. ':meta', space)
+    redis.call('SET', base .. ':meta', space, 'PX', DAY_MS)
   end
   return space
 end
@@ -44,7 +52,7 @@ local function last_version()
 end
 
 local function save_version(version)
-  redis.call('SET', base .. ':seq', text(version))
+  redis.call('SET', base .. ':seq', text(version), 'KEEPTTL')
 end
 
 -- version, written, ttl, length of tags; nil where there is no entry
@@ -67,6 +75,11 @@ local function keep_at_least(key, milliseconds)
   if redis.call('PTTL', key) < milliseconds then redis.call('PEXPIRE', key, milliseconds) end
 end
 
+local function keep_versions(milliseconds)
+  keep_at_least(base .. ':meta', milliseconds + DAY_MS)
+  keep_at_least(base .. ':seq', milliseconds + DAY_MS)
+end
+
 -- nonce, version at which it was claimed, when it ends, whether loading has failed
 local function claim_of(key, now)
   local packed = redis.call('HGET', base .. ':c', key)
@@ -86,7 +99,7 @@ local function publish(kind, previous, latest, version, space, names)
   redis.call('PUBLISH', channel, cmsgpack.pack({kind, base, previous, latest, version, space, names}))
 end
 
--- Lets go of index members whose entries have expired: two looks for each write keep them fewer than the entries.
+-- Lets go of index members whose entries have expired: four looks for each write keep them fewer than the entries.
 local function tidy(index, space, looks)
   local members = redis.call('ZRANDMEMBER', index, looks)
   for _, key in ipairs(members) do
@@ -104,6 +117,11 @@ local function put(space, version, now, key, keep_ms, ttl_us, tags, body)
       local members = base .. ':t:' .. tag .. ':v' .. space
       redis.call('SADD', members, key)
       keep_at_least(members, keep_ms)
+      for _, other in ipairs(redis.call('SRANDMEMBER', members, 3)) do
+        local entry = entry_key(other, space)
+        local there, _, _, tags_length = head_of(entry)
+        if not there or not has_tag(entry, tags_length, tag) then redis.call('SREM', members, other) end
+      end
     end
   end
 end

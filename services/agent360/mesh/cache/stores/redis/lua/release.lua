@@ -3,12 +3,12 @@
 -- Answers {namespace version, now, released (0 or 1), entry}; the entry is empty where none stands in.
 local key, nonce, pause_ms, fail_safe_us = ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
 local now = clock()
-local space = space_version(now)
-if claim_of(key, now) ~= nonce then return {space, text(now), 0, ''} end
+local space = redis.call('GET', base .. ':meta')
+if nonce == '' or claim_of(key, now) ~= nonce then return {space, text(now), 0, ''} end
 local value = false
-local version, written, ttl = head_of(entry_key(key, space))
+local version, written, ttl = head_of(entry_key(key, space or ''))
 if version and pause_ms > 0 and now < written + ttl + fail_safe_us then
-  value = redis.call('GET', entry_key(key, space))
+  value = redis.call('GET', entry_key(key, space or ''))
 end
 if value then
   set_claim(key, '', last_version(), now + pause_ms * 1000, 1, now)
@@ -16,5 +16,5 @@ else
   redis.call('HDEL', base .. ':c', key)
 end
 local last = last_version()
-publish('c', last, last, 0, space, {key})
+publish('c', last, last, 0, space or '0', {key, nonce})
 return {space, text(now), 1, value or ''}

@@ -9,6 +9,7 @@ local new = not upto
 if new then
   upto = math.max(previous, now - 1) + 1
   save_version(upto)
+  keep_versions(0)
 end
 if cursor == '0' then
   if redis.call('EXISTS', base .. ':c') == 1 then

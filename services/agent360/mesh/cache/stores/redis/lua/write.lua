@@ -10,7 +10,7 @@ local version = math.max(previous, now - 1)
 if bump then
   old = space
   space = text(tonumber(space) + 1)
-  redis.call('SET', base .. ':meta', space)
+  redis.call('SET', base .. ':meta', space, 'KEEPTTL')
   redis.call('DEL', base .. ':c', base .. ':x')
   version = version + 1
   publish('a', previous, version, version, space, {})
@@ -44,11 +44,14 @@ for i = 1, count do
     results[#results + 1] = {0, text(current)}
   end
 end
-if bump or #changed > 0 then save_version(version) end
+if bump or #changed > 0 then
+  save_version(version)
+  keep_versions(keep_most)
+end
 if #changed > 0 then
   local index = base .. ':i:v' .. space
   keep_at_least(index, keep_most)
-  tidy(index, space, math.min(#changed, 256))
+  tidy(index, space, math.min(2 * #changed, 512))
   publish('k', previous, version, version, space, changed)
 end
 return results
