@@ -60,7 +60,7 @@ def ratelimit(
     seconds: Seconds = 1.0,
     json_file: JsonFile = None,
 ) -> None:
-    """The limiter: leased, awaited and many checks, and checks decided in Redis."""
+    """The limiter: leased, awaited and many checks, checks decided in Redis, and Gubernator."""
     from agent360.mesh.bench.ratelimit import flatten, measure, print_ratelimit_figures
     from agent360.mesh.bench.report import write_json
 
