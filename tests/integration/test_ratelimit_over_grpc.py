@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from support.servers import connected, running
 
-from agent360.client import CheckRequest, InvalidRequestError, Mesh, MeshError
+from agent360.client import CheckRequest, InvalidRequestError, Mesh, MeshError, call_scope
 from agent360.ratelimit.v1 import ratelimit_pb2
 
 LIMITS = """
@@ -68,6 +68,20 @@ async def test_reserved_tokens_are_settled_once(limits: Path) -> None:
             await mesh.ratelimit.settle(each.reservation_id, 40)
         again = await mesh.ratelimit.settle(reserved[0].reservation_id, 40)
         assert (again.repeated, again.remaining) == (True, 600)
+
+
+async def test_the_id_of_a_trace_makes_no_reservation_free(limits: Path) -> None:
+    async with connected("ratelimit", limits=limits) as mesh:
+        with call_scope(request_id="constant"):
+            made = [await mesh.ratelimit.reserve("tokens", 100) for _ in range(20)]
+        assert sum(each.decision.allowed for each in made) == 10
+
+
+async def test_a_reservation_with_a_request_id_is_made_once(limits: Path) -> None:
+    async with connected("ratelimit", limits=limits) as mesh:
+        made = [await mesh.ratelimit.reserve("tokens", 100, request_id="r-1") for _ in range(3)]
+        assert len({each.reservation_id for each in made}) == 1
+        assert (await mesh.ratelimit.check("tokens", hits=0)).remaining == 900
 
 
 async def test_limits_are_listed_as_the_tenant_has_them(limits: Path) -> None:

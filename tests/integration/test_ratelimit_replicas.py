@@ -16,7 +16,7 @@ from support.redis_servers import RedisClusterServers, RedisServer
 from support.replicas import Replica
 from support.servers import running
 
-from agent360.client import CheckRequest, Mesh, MeshError, call_scope
+from agent360.client import CheckRequest, Mesh, MeshError
 from agent360.ratelimit.v1 import ratelimit_pb2
 
 LIMITS = """
@@ -195,8 +195,8 @@ async def test_a_budget_is_reserved_and_settled_once(mesh: Mesh) -> None:
 
 
 async def test_a_reservation_of_the_same_request_is_made_once(mesh: Mesh) -> None:
-    with call_scope(request_id="4f0c1a52-9a43-4b8e-8f3e-3a0a3a1f7d11"):
-        made = [await mesh.ratelimit.reserve("tokens", 100) for _ in range(3)]
+    key = "4f0c1a52-9a43-4b8e-8f3e-3a0a3a1f7d11"
+    made = [await mesh.ratelimit.reserve("tokens", 100, request_id=key) for _ in range(3)]
     assert len({each.reservation_id for each in made}) == 1
     assert (await mesh.ratelimit.check("tokens", hits=0)).remaining == 900
 

@@ -158,6 +158,7 @@ class RateLimitClient:
         *,
         descriptor: Descriptor | None = None,
         ttl: float | None = None,
+        request_id: str = "",
         timeout: float | None = None,
         tenant: str | None = None,
     ) -> Reservation:
@@ -167,11 +168,13 @@ class RateLimitClient:
             name: what is to be done.
             tokens: the estimate.
             descriptor: facts for matching.
-            ttl: seconds after which an unsettled reservation counts as spent.
+            ttl: seconds after which an unsettled reservation counts as spent; at most a day.
+            request_id: a UUID chosen for this reservation; a second ``reserve`` with it, of the
+                same name, returns the first one's. Never that of the scope. Empty: each is new.
             timeout: as in ``check``.
             tenant: as in ``check``.
         """
-        operation = Reserve(name, tokens, descriptor, ttl)
+        operation = Reserve(name, tokens, descriptor, ttl, request_id)
         return await self._coalescer.call(operation, timeout, tenant)
 
     async def settle(

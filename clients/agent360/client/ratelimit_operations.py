@@ -33,14 +33,20 @@ class Check(SingleOperation[Decision]):
 
 
 class Reserve(SingleOperation[Reservation]):
-    __slots__ = ("descriptor", "name", "tokens", "ttl")
+    __slots__ = ("descriptor", "name", "request_id", "tokens", "ttl")
     field = "reserve"
     repeatable = False
 
     def __init__(
-        self, name: str, tokens: int, descriptor: Descriptor | None, ttl: float | None
+        self,
+        name: str,
+        tokens: int,
+        descriptor: Descriptor | None,
+        ttl: float | None,
+        request_id: str,
     ) -> None:
         super().__init__()
+        self.request_id = request_id
         self.name = name
         self.tokens = tokens
         self.descriptor = descriptor
@@ -49,6 +55,7 @@ class Reserve(SingleOperation[Reservation]):
     def fill(self, request: Any) -> None:
         request.name = self.name
         request.tokens = self.tokens
+        request.request_id = self.request_id
         if self.descriptor:
             request.descriptor.update(self.descriptor)
         if self.ttl is not None:

@@ -684,6 +684,7 @@ class SyncRateLimitClient:
         *,
         descriptor: Descriptor | None = None,
         ttl: float | None = None,
+        request_id: str = "",
         timeout: float | None = None,
         tenant: str | None = None,
     ) -> Reservation:
@@ -693,13 +694,21 @@ class SyncRateLimitClient:
             name: what is to be done.
             tokens: the estimate.
             descriptor: facts for matching.
-            ttl: seconds after which an unsettled reservation counts as spent.
+            ttl: seconds after which an unsettled reservation counts as spent; at most a day.
+            request_id: a UUID chosen for this reservation; a second ``reserve`` with it, of the
+                same name, returns the first one's. Never that of the scope. Empty: each is new.
             timeout: as in ``check``.
             tenant: as in ``check``.
         """
         return self._portal.run(
             self._client.reserve(
-                name, tokens, descriptor=descriptor, ttl=ttl, timeout=timeout, tenant=tenant
+                name,
+                tokens,
+                descriptor=descriptor,
+                ttl=ttl,
+                request_id=request_id,
+                timeout=timeout,
+                tenant=tenant,
             )
         )
 

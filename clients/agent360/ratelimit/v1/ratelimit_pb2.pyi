@@ -360,17 +360,22 @@ class ReserveRequest(_message.Message):
     DESCRIPTOR_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     TTL_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """What is to be done; as in CheckRequest."""
     tokens: _builtins.int
     """How many tokens are expected to be used; positive."""
+    request_id: _builtins.str
+    """A UUID chosen by the caller for this reservation: a second Reserve with it, of the same name, returns the
+    first one's reservation. Empty: not idempotent.
+    """
     @_builtins.property
     def descriptor(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Facts for matching; as in CheckRequest."""
 
     @_builtins.property
     def ttl(self) -> _duration_pb2.Duration:
-        """When an unsettled reservation counts as spent. Absent: the service's default."""
+        """When an unsettled reservation counts as spent; at most a day. Absent: the service's default."""
 
     def __init__(
         self,
@@ -379,10 +384,11 @@ class ReserveRequest(_message.Message):
         descriptor: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         tokens: _builtins.int = ...,
         ttl: _duration_pb2.Duration | None = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ttl", b"ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["descriptor", b"descriptor", "name", b"name", "tokens", b"tokens", "ttl", b"ttl"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["descriptor", b"descriptor", "name", b"name", "request_id", b"request_id", "tokens", b"tokens", "ttl", b"ttl"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -512,7 +518,7 @@ class AcquireRequest(_message.Message):
 
     @_builtins.property
     def ttl(self) -> _duration_pb2.Duration:
-        """When the slots come back by themselves. Absent: the service's default."""
+        """When the slots come back by themselves; at most a day. Absent: the service's default."""
 
     def __init__(
         self,
@@ -578,7 +584,7 @@ class RenewRequest(_message.Message):
     """The slots."""
     @_builtins.property
     def ttl(self) -> _duration_pb2.Duration:
-        """The new time to live, counted from now. Absent: that of the Acquire."""
+        """The new time to live, counted from now; at most a day. Absent: that of the Acquire."""
 
     def __init__(
         self,

@@ -160,11 +160,12 @@ class RateLimitServicer:
         faults = Violations()
         facts = read_request(request, faults)
         faults.require("tokens", request.tokens > 0, "must be positive")
+        faults.text("request_id", request.request_id, max_bytes=64, min_bytes=0)
         ttl_s = _ttl(request, faults, self._settings.reservation_ttl_s)
         faults.raise_if_any()
         plan = self._domain.plan(call.tenant, request.name, facts)
         decision, reservation_id = await self._domain.reserve(
-            call.tenant, request.name, plan, request.tokens, ttl_s, call.request_id
+            call.tenant, request.name, plan, request.tokens, ttl_s, request.request_id
         )
         response = emit.reply(item)
         write_decision(response.decision, decision)
