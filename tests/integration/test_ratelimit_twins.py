@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import structlog
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from support.redis_servers import RedisServer
 
@@ -111,6 +111,16 @@ def test_memory_and_redis_agree_on_every_history(monkeypatch: pytest.MonkeyPatch
         runner.run(stack.start())
         try:
 
+            @example(
+                [
+                    (0, ("reserve", "aa", "u1", 3, "")),
+                    (0, ("reserve", "aa", "u1", 3, "")),
+                    (0, ("settle", 1, 0)),
+                    (1_200_000, ("check", "aa", "u1", 3, False)),
+                    (0, ("settle", 0, 0)),
+                    (0, ("check", "aa", "u1", 6, True)),
+                ]
+            )
             @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
             @given(histories)
             def agree(history: list[tuple[int, tuple[Any, ...]]]) -> None:

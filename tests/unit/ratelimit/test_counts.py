@@ -35,7 +35,7 @@ def test_what_is_given_back_late_never_lets_a_bucket_admit_more(
             reserved.append((hits, bucket.take(now, hits)))
         if reserved and settled <= reserved[0][0]:
             held, mark = reserved.pop(0)
-            bucket.give_back(now, held - settled, mark)
+            bucket.give_back(now, held - settled, mark, held)
             used.append((now, settled))
     for first in range(len(used)):
         total = 0
@@ -50,12 +50,12 @@ def test_hits_of_a_window_that_is_over_are_not_given_back() -> None:
     mark = fixed.take(BEGIN, 6)
     later = BEGIN + 10 * S
     fixed.take(later, 4)
-    fixed.give_back(later, 6, mark)
+    fixed.give_back(later, 6, mark, 6)
     assert fixed.room(later) == 6
     sliding = SlidingWindow(10, 10 * S)
     mark = sliding.take(BEGIN, 6)
     sliding.take(later + 2 * S, 4)
-    sliding.give_back(later + 2 * S, 6, mark)
+    sliding.give_back(later + 2 * S, 6, mark, 6)
     assert sliding.room(later + 2 * S) == 6
 
 
@@ -65,8 +65,27 @@ def test_tokens_that_flowed_back_are_not_given_back_again() -> None:
     later = BEGIN + 10 * S
     assert bucket.room(later) == 10
     bucket.take(later, 10)
-    bucket.give_back(later, 10, mark)
+    bucket.give_back(later, 10, mark, 10)
     assert bucket.room(later) == 0
+
+
+def test_two_reservations_are_not_both_given_back_what_flowed_for_one() -> None:
+    bucket = TokenBucket(10, 10 * S, 10)
+    first, second = bucket.take(BEGIN, 5), bucket.take(BEGIN, 5)
+    bucket.give_back(BEGIN, 5, first, 5)
+    later = BEGIN + 5 * S
+    assert bucket.room(later) == 10
+    bucket.take(later, 5)
+    bucket.give_back(later, 5, second, 5)
+    assert bucket.room(later) == 5
+
+
+def test_a_clock_that_went_back_behind_a_charge_gives_nothing_of_it_back() -> None:
+    bucket = TokenBucket(10, 10 * S, 10)
+    mark = bucket.take(BEGIN, 5)
+    bucket.take(BEGIN + 5 * S, 5)
+    bucket.give_back(BEGIN - S, 5, mark, 5)
+    assert bucket.room(BEGIN - S) == 5
 
 
 COUNTERS: list[Callable[[], Counter]] = [

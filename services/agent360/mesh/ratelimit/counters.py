@@ -35,8 +35,8 @@ class Counter(Protocol):
     def admit(self, now: int, hits: int) -> tuple[int, int] | None:
         """Charges hits if they fit; returns the room left and ``reset``, or None."""
 
-    def give_back(self, now: int, hits: int, mark: int) -> None:
-        """Undoes a charge, so far as it still counts."""
+    def give_back(self, now: int, hits: int, mark: int, charged: int) -> None:
+        """Undoes ``hits`` of the ``charged`` ones, so far as they still count."""
 
     def wait(self, now: int, hits: int) -> int | None:
         """Microseconds until ``hits`` fit; None if they never do."""
@@ -72,10 +72,10 @@ class TokenBucket:
         return (self._burst * self._period_us - self._left(now)) // self._period_us
 
     def take(self, now: int, hits: int) -> int:
-        """See ``Counter.take``; the mark is when all of it will have flowed back."""
+        """See ``Counter.take``; the mark is the time."""
         self._flow(now)
         self._debt += hits * self._period_us
-        return now + -(-self._debt // self._amount)
+        return now
 
     def admit(self, now: int, hits: int) -> tuple[int, int] | None:
         """See ``Counter.admit``; most requests of most services end here."""
@@ -95,10 +95,19 @@ class TokenBucket:
         self._debt = debt
         return left, -(-debt // amount)
 
-    def give_back(self, now: int, hits: int, mark: int) -> None:
-        """See ``Counter.give_back``; what has flowed back since is not given twice."""
+    def give_back(self, now: int, hits: int, mark: int, charged: int) -> None:
+        """See ``Counter.give_back``; what has flowed back since is not given twice.
+
+        All that flowed since the charge counts as its own, though debts of others may have stood
+        in front: too little may be given back, never too much. Nothing is if the clock went back
+        behind the charge.
+        """
         self._flow(now)
-        undone = min(hits * self._period_us, (mark - now) * self._amount)
+        if now < mark:
+            return
+        undone = min(
+            hits * self._period_us, charged * self._period_us - (now - mark) * self._amount
+        )
         if undone > 0:
             self._debt = max(0, self._debt - undone)
 
@@ -175,7 +184,7 @@ class SlidingWindow:
         self.take(now, hits)
         return left, self.reset(now)
 
-    def give_back(self, now: int, hits: int, mark: int) -> None:
+    def give_back(self, now: int, hits: int, mark: int, charged: int) -> None:  # noqa: ARG002 - shared
         """See ``Counter.give_back``; only from the slot that was charged."""
         self._slide(now)
         for slot in self._slots:
@@ -260,7 +269,7 @@ class FixedWindow:
         self._used += hits
         return left, self._end - now if self._used else 0
 
-    def give_back(self, now: int, hits: int, mark: int) -> None:
+    def give_back(self, now: int, hits: int, mark: int, charged: int) -> None:  # noqa: ARG002 - shared
         """See ``Counter.give_back``; what was charged in an earlier window is gone with it."""
         self._turn(now)
         if mark == self._start:

@@ -284,7 +284,7 @@ class Limiter:
             if adjustment > 0:
                 charge.counter.take(now, adjustment)
             elif adjustment < 0:
-                charge.counter.give_back(now, -adjustment, mark)
+                charge.counter.give_back(now, -adjustment, mark, charged.tokens)
 
     # ---------------------------------------------------------------- leases
 

@@ -134,7 +134,7 @@ class RedisStore:
                 continue
             excess = row[1] - (0 if denied else granted)
             if excess > 0:
-                undo.add_give_back(part, excess, row[6])
+                undo.add_give_back(part, excess, row[6], row[1])
         if any(row is AWAY for _, row in rows):
             return AWAY
         decisions = [_decision(part, row) for part, row in rows]
@@ -375,10 +375,10 @@ class _Batches:
             return part.tag, batch.add("m", ask.hits, places, times)
         return part.tag, batch.add("d", ask.hits, int(ask.allow_partial), places)
 
-    def add_give_back(self, part: _Part, hits: int, marks: Sequence[int]) -> None:
+    def add_give_back(self, part: _Part, hits: int, marks: Sequence[int], charged: int) -> None:
         """Adds the undoing of a charge."""
         batch = self.of(part.tag)
-        batch.add("g", hits, batch.places(part.counts), list(marks))
+        batch.add("g", hits, batch.places(part.counts), list(marks), charged)
 
 
 class _AllAway(Sequence[Any]):

@@ -3,7 +3,7 @@
 -- {'d', hits, partial, counts}                             decide
 -- {'m', hits, counts, times}                               decide the same so many times; {allowed, room before, tightest, reset_us,
 --                                                          retry_us, denier, its reset_us}; not in part, and not in shadow mode
--- {'g', hits, counts, marks}                               give back
+-- {'g', hits, counts, marks, charged}                      give back some of the hits charged
 -- {'v', tokens, counts, record, request, kept_ms, id}      reserve; request: 0 or the key of the request id
 -- {'s', record, tokens}                                    settle
 -- {'l', tokens, counts, record, ttl_us, id}                lease
@@ -124,14 +124,14 @@ local function charged(which, marks)
   return rows
 end
 
-local function adjust(rows, adjustment)
+local function adjust(rows, adjustment, tokens)
   for _, row in ipairs(rows) do
     local key, c, mark = row[1], row[2], row[3]
     local s = state_of(key, c)
     if adjustment > 0 then
       algorithms[c[1]].take(s, c, adjustment)
     elseif adjustment < 0 then
-      algorithms[c[1]].give_back(s, c, -adjustment, mark)
+      algorithms[c[1]].give_back(s, c, -adjustment, mark, tokens)
     end
     touch(key)
   end
@@ -177,7 +177,7 @@ end
 function run.g(op)
   for n, i in ipairs(op[3]) do
     local c, key = counts[i], KEYS[i]
-    algorithms[c[1]].give_back(state_of(key, c), c, op[2], op[4][n])
+    algorithms[c[1]].give_back(state_of(key, c), c, op[2], op[4][n], op[5])
     touch(key)
   end
   return {}
@@ -204,7 +204,7 @@ function run.s(op)
   local adjustment, repeated = 0, record[2] == 1
   if not repeated then
     adjustment = op[3] - record[1]
-    adjust(record[3], adjustment)
+    adjust(record[3], adjustment, record[1])
     record[2] = 1
     put(key, record, redis.call('PTTL', key))
   end
@@ -249,7 +249,7 @@ function run.b(op)
   redis.call('DEL', key)
   if now >= record[2] then return 0 end
   local returned = min(op[3], record[1])
-  adjust(record[3], -returned)
+  adjust(record[3], -returned, record[1])
   return returned
 end
 

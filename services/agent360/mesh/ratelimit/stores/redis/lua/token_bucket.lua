@@ -25,12 +25,14 @@ do
   function A.take(s, c, hits)
     flow(s, c)
     s[2] = s[2] + hits * c[4]
-    return now + ceil(s[2] / c[3])
+    return now
   end
 
-  function A.give_back(s, c, hits, mark)
+  -- All that flowed since the charge counts as its own: too little may be given back, never too much.
+  function A.give_back(s, c, hits, mark, charged)
     flow(s, c)
-    local undone = min(hits * c[4], (mark - now) * c[3])
+    if now < mark then return end
+    local undone = min(hits * c[4], charged * c[4] - (now - mark) * c[3])
     if undone > 0 then s[2] = max(0, s[2] - undone) end
   end
 
