@@ -5,10 +5,19 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from support.servers import NOBODY, connected
 
-from agent360.client import LimitMiddleware, Mesh, RateLimitedError, limit
+from agent360.client import (
+    InvalidRequestError,
+    LimitMiddleware,
+    Mesh,
+    MeshError,
+    RateLimitedError,
+    limit,
+)
+from agent360.client.errors import DeadlineExceededError
 
 LIMITS = """
 [[limits]]
@@ -84,3 +93,52 @@ async def test_while_the_service_is_away_it_serves_or_refuses(
     async with Mesh.connect(ratelimit=NOBODY, tenant="acme", api_key="", patience=0.1) as mesh:
         app = LimitMiddleware(hello, mesh.ratelimit, "http", when_away_open=when_away_open)
         assert (await request(app))[0] == expected
+
+
+class _Failing:
+    """A client whose checks fail."""
+
+    def __init__(self, error: MeshError) -> None:
+        self._error = error
+
+    async def check(self, name: str, **_: Any) -> Any:
+        raise self._error
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (InvalidRequestError([]), 400),
+        (RateLimitedError("slower", retry_after_s=2.5), 429),
+        (MeshError(grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED", "busy"), 503),
+        (MeshError(grpc.StatusCode.PERMISSION_DENIED, "TENANT_NOT_ALLOWED", "no"), 503),
+        (DeadlineExceededError(), 200),
+    ],
+)
+async def test_only_a_service_that_is_away_lets_requests_through(
+    error: MeshError, expected: int
+) -> None:
+    limiter: Any = _Failing(error)
+    status, headers = await request(LimitMiddleware(hello, limiter, "http"))
+    assert status == expected
+    assert headers.get("retry-after") == {429: "3", 503: "1"}.get(expected)
+
+
+async def test_facts_of_a_request_fit_and_leases_have_none() -> None:
+    seen: list[Any] = []
+
+    class Seeing:
+        async def check(self, name: str, **rest: Any) -> Any:
+            seen.append(rest["descriptor"])
+            raise DeadlineExceededError
+
+    limiter: Any = Seeing()
+    scope = {"type": "http", "method": "GET", "path": "/" + "\u00e9" * 200, "headers": []}
+
+    async def ignore(_: Any) -> None:
+        pass
+
+    for leased in (True, False):
+        app = LimitMiddleware(hello, limiter, "http", leased=leased)
+        await app(scope, asyncio.Queue().get, ignore)
+    assert seen == [None, {"method": "GET", "path": "/" + "\u00e9" * 127}]

@@ -8,6 +8,8 @@ import math
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from typing import Any, Final, ParamSpec, TypeVar
 
+import grpc
+
 from agent360.client.decisions import Decision, Descriptor
 from agent360.client.errors import MeshError, QuotaViolation, RateLimitedError
 from agent360.client.ratelimit import RateLimitClient
@@ -21,6 +23,8 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _TENANT_HEADER: Final = b"x-agent360-tenant"
+_MAX_FACT_BYTES: Final = 256
+_AWAY: Final = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
 def limit(
@@ -71,7 +75,9 @@ class LimitMiddleware:
 
     A denied request is answered with 429 and, where it is known when to come back, Retry-After;
     every answer says RateLimit-Limit, RateLimit-Remaining and RateLimit-Reset (seconds). While the
-    ratelimit service is away, requests are let through, or answered with 503.
+    ratelimit service is away, requests are let through, or answered with 503. What it refuses to
+    decide is not served: 400 where the facts are malformed, 429 where the application itself asks
+    too often, else 503.
 
     Example:
         >>> app = LimitMiddleware(app, mesh.ratelimit, "http.requests")
@@ -83,7 +89,7 @@ class LimitMiddleware:
         limiter: RateLimitClient,
         name: str,
         *,
-        descriptor: Callable[[Scope], Descriptor] | None = None,
+        descriptor: Callable[[Scope], Descriptor | None] | None = None,
         tenant: Callable[[Scope], str | None] | None = None,
         leased: bool = True,
         when_away_open: bool = True,
@@ -94,7 +100,9 @@ class LimitMiddleware:
             app: the application.
             limiter: decides.
             name: what a request is; limits are matched by it.
-            descriptor: makes the facts of a request; None: ``method`` and ``path``.
+            descriptor: makes the facts of a request, as few as limits need: tokens are leased
+                apart for each. None: no facts if leased, else ``method`` and ``path`` (its first
+                256 bytes).
             tenant: says on whose behalf; None: the header ``x-agent360-tenant``, which must be
                 set by a gateway that callers cannot avoid, or the Mesh's.
             leased: whether tokens may be leased.
@@ -103,7 +111,7 @@ class LimitMiddleware:
         self._app = app
         self._limiter = limiter
         self._name = name
-        self._descriptor = descriptor or _method_and_path
+        self._descriptor = descriptor or (_no_facts if leased else _method_and_path)
         self._tenant = tenant or _tenant_of
         self._leased = leased
         self._open = when_away_open
@@ -121,10 +129,10 @@ class LimitMiddleware:
                 tenant=self._tenant(scope),
             )
         except MeshError as error:
-            if self._open:
+            if self._open and error.code in _AWAY:
                 await self._app(scope, receive, send)
             else:
-                await _refuse(send, 503, error.reason, (("retry-after", "1"),))
+                await _refuse(send, _status_of(error), error.reason, _retry_after(error))
             return
         headers = list(rate_limit_headers(decision).items())
         if not decision.allowed:
@@ -166,8 +174,25 @@ def denial(name: str, decision: Decision) -> RateLimitedError:
     )
 
 
+def _no_facts(_: Scope) -> None:
+    return None
+
+
 def _method_and_path(scope: Scope) -> Descriptor:
-    return {"method": str(scope["method"]), "path": str(scope["path"])[:256]}
+    path = str(scope["path"]).encode(errors="replace")[:_MAX_FACT_BYTES]
+    return {"method": str(scope["method"]), "path": path.decode(errors="ignore")}
+
+
+def _status_of(error: MeshError) -> int:
+    if isinstance(error, RateLimitedError):
+        return 429
+    return 400 if error.code is grpc.StatusCode.INVALID_ARGUMENT else 503
+
+
+def _retry_after(error: MeshError) -> Iterable[tuple[str, str]]:
+    if error.code is grpc.StatusCode.INVALID_ARGUMENT:
+        return ()
+    return (("retry-after", str(max(1, math.ceil(error.retry_after_s or 1)))),)
 
 
 def _tenant_of(scope: Scope) -> str | None:
