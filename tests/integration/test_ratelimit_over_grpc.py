@@ -250,3 +250,17 @@ async def test_a_changed_file_is_read_and_a_wrong_one_refused(more_limits: Path)
         _ = more_limits.write_text(MORE_LIMITS.replace("1000", "none"))  # noqa: ASYNC240 - small
         await asyncio.sleep(1)  # there is nothing to wait for: nothing is to happen
         assert (await mesh.ratelimit.get_limit("calls")).amount == 2_000
+
+
+async def test_times_to_live_of_more_than_a_day_are_refused(more_limits: Path) -> None:
+    async with connected("ratelimit", limits=more_limits) as mesh:
+        slot = await mesh.ratelimit.acquire("run", ttl=86_400)
+        assert slot.decision.allowed
+        for asked in (
+            mesh.ratelimit.reserve("call", 1, ttl=86_401),
+            mesh.ratelimit.acquire("run", ttl=86_401),
+            mesh.ratelimit.renew(slot.slot_id, ttl=86_401),
+        ):
+            with pytest.raises(InvalidRequestError) as caught:
+                await asked
+            assert [each.field for each in caught.value.violations] == ["ttl"]

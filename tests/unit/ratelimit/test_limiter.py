@@ -179,6 +179,28 @@ def test_another_tenants_reservation_is_not_found() -> None:
         subject.settle("globex", reservation_id, 1)
 
 
+def test_what_no_limit_applies_to_is_settled_renewed_and_released_by_any_replica() -> None:
+    (made, _), (other, _) = limiter(), limiter()
+    decision, reservation_id = made.reserve("acme", "x", (), 100, 60.0)
+    assert decision.allowed
+    for _ in range(2):
+        settled = other.settle("acme", reservation_id, 40)
+        assert (settled.adjustment, settled.repeated) == (-60, False)
+    decision, slot_id = made.acquire("acme", (), 2, 1.5)
+    assert decision.allowed
+    assert other.renew("acme", slot_id, None) == 1.5
+    assert other.renew("acme", slot_id, 9.0) == 9.0
+    assert other.release("acme", slot_id)
+
+
+def test_a_changed_per_begins_anew() -> None:
+    subject, _ = limiter(Limit("r", 10, 60.0, per=("tenant", "user")))
+    assert subject.check("acme", "x", 6, facts={"user": "u"}).allowed
+    subject.replace_limits(LimitSet([Limit("r", 10, 60.0, per=("tenant", "model"))]))
+    assert subject.check("acme", "x", 0, facts={"model": "u"}).remaining == 10
+    assert [each.used for each in subject.usage("acme")] == [0]
+
+
 def test_counts_beyond_the_bound_go_when_they_are_whole_again() -> None:
     clock = Clock()
     subject = Limiter(LimitSet([Limit("r", 1, 1.0)]), clock, max_counters=10)

@@ -25,6 +25,7 @@ from agent360.mesh.ratelimit.decisions import (
     unlimited,
 )
 from agent360.mesh.ratelimit.failures import reservation_unknown
+from agent360.mesh.ratelimit.free import free_id, free_quantity, free_renewal, free_settlement
 from agent360.mesh.ratelimit.limits import TENANT, Algorithm, LimitSet
 
 _new_tuple: Final = tuple.__new__
@@ -247,6 +248,9 @@ class Limiter:
             known = self._reservations.get(known_id)
             if known is not None:
                 return known.decision, known_id
+        if not plan:
+            self.allowed += 1
+            return unlimited(tokens), free_id(tokens, self._new_id())
         decision, marks = self._decide(plan, tokens, False, now)
         if not decision.allowed:
             return decision, ""
@@ -266,6 +270,9 @@ class Limiter:
         Raises:
             MeshError: NOT_FOUND; there is no such reservation of the tenant.
         """
+        free = free_settlement(reservation_id, tokens)
+        if free is not None:
+            return free
         now = self.clock()
         reservation = self._reservations.get(reservation_id)
         if reservation is None or reservation.tenant != tenant:
@@ -331,7 +338,7 @@ class Limiter:
         slot_id = self._new_id()
         if not plan:
             self.allowed += 1
-            return unlimited(slots), slot_id
+            return unlimited(slots), free_id(round(ttl_s * 1e6), slot_id)
         rooms = [charge.pool.room(now) for charge in plan]
         tightest, least = tightest_of(plan, rooms, slots)
         for charge, room in zip(plan, rooms, strict=True):
@@ -354,6 +361,9 @@ class Limiter:
 
     def renew(self, tenant: str, slot_id: str, ttl_s: float | None) -> float | None:
         """Keeps slots for longer; returns their time to live, None if they had come back."""
+        free_s = free_renewal(slot_id, ttl_s)
+        if free_s is not None:
+            return free_s
         held = self._slots.get(slot_id)
         if held is None or held.tenant != tenant:
             return None
@@ -367,6 +377,8 @@ class Limiter:
 
     def release(self, tenant: str, slot_id: str) -> bool:
         """Gives slots back; False if they had come back."""
+        if free_quantity(slot_id) is not None:
+            return True
         held = self._slots.get(slot_id)
         if held is None or held.tenant != tenant:
             return False

@@ -109,11 +109,12 @@ class Limit:
     @property
     def kind(self) -> str:
         """What its counts cannot survive a change of."""
+        per = ",".join(self.per)
         if self.algorithm is Algorithm.CONCURRENCY:
-            return "c"
+            return f"c/{per}"
         if self.calendar is not None:
-            return f"{self.calendar.name.lower()}@{self.time_zone}"
-        return f"{self.algorithm.value[0]}{self.period_us}"
+            return f"{self.calendar.name.lower()}@{self.time_zone}/{per}"
+        return f"{self.algorithm.value[0]}{self.period_us}/{per}"
 
     @property
     def tenants_apart(self) -> bool:

@@ -41,6 +41,8 @@ _DESCRIPTOR: Final = pb.DESCRIPTOR.services_by_name["RateLimitService"]
 _MAX_PLANS: Final = 100_000
 _MAX_BATCH: Final = 1_000
 
+_MAX_TTL_S: Final = 86_400.0
+
 _NONE_RESOLVED: Final[dict[bytes, Ask]] = {}
 
 
@@ -445,4 +447,6 @@ async def _each(items: Sequence[Item], emit: Emit, handle: Any) -> None:
 def _ttl(request: Any, faults: Violations, default_s: float) -> float:
     if not request.HasField("ttl"):
         return default_s
-    return faults.positive_duration("ttl", request.ttl)
+    ttl_s = faults.positive_duration("ttl", request.ttl)
+    faults.require("ttl", ttl_s <= _MAX_TTL_S, f"must be at most a day, is {ttl_s:g}s")
+    return ttl_s

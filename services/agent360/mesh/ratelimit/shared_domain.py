@@ -15,6 +15,7 @@ from agent360.mesh.ratelimit.decisions import (
 )
 from agent360.mesh.ratelimit.domain import Ask
 from agent360.mesh.ratelimit.failures import store_away
+from agent360.mesh.ratelimit.free import free_quantity, free_renewal, free_settlement
 from agent360.mesh.ratelimit.gathering import Gatherer
 from agent360.mesh.ratelimit.limiter import Limiter
 from agent360.mesh.ratelimit.limits import TENANT, FailureMode, LimitSet
@@ -141,7 +142,7 @@ class SharedDomain:
     ) -> tuple[Decision, str]:
         """See ``Domain``."""
         if not plan.counts:
-            return self._reserve_alone(plan, tokens, ttl_s, request_id)
+            return self._local.reserve(tenant, name, (), tokens, ttl_s, request_id)
         answer = await self._store.reserve(tenant, name, plan.counts, tokens, ttl_s, request_id)
         if answer is AWAY:
             refusal = _closed(plan)
@@ -155,6 +156,9 @@ class SharedDomain:
 
     async def settle(self, tenant: str, reservation_id: str, tokens: int) -> Settlement:
         """See ``Domain``; UNAVAILABLE while the store is away, and may be repeated then."""
+        free = free_settlement(reservation_id, tokens)
+        if free is not None:
+            return free
         if reservation_id.startswith(_LOCAL):
             return self._local.settle(tenant, reservation_id[len(_LOCAL) :], tokens)
         answer = await self._store.settle(tenant, reservation_id, tokens)
@@ -188,7 +192,7 @@ class SharedDomain:
     ) -> tuple[Decision, str]:
         """See ``Domain``."""
         if not plan.counts:
-            return self._acquire_alone(plan, slots, ttl_s)
+            return self._local.acquire(tenant, (), slots, ttl_s)
         answer = await self._store.acquire(tenant, plan.counts, slots, ttl_s)
         if answer is AWAY:
             refusal = _closed(plan)
@@ -202,6 +206,9 @@ class SharedDomain:
 
     async def renew(self, tenant: str, slot_id: str, ttl_s: float | None) -> float | None:
         """See ``Domain``."""
+        free_s = free_renewal(slot_id, ttl_s)
+        if free_s is not None:
+            return free_s
         if slot_id.startswith(_LOCAL):
             return self._local.renew(tenant, slot_id[len(_LOCAL) :], ttl_s)
         answer = await self._store.renew(tenant, slot_id, ttl_s)
@@ -211,6 +218,8 @@ class SharedDomain:
 
     async def release(self, tenant: str, slot_id: str) -> bool:
         """See ``Domain``."""
+        if free_quantity(slot_id) is not None:
+            return True
         if slot_id.startswith(_LOCAL):
             return self._local.release(tenant, slot_id[len(_LOCAL) :])
         answer = await self._store.release(tenant, slot_id)

@@ -22,6 +22,8 @@ from agent360.mesh.runtime.redis import Command, Redis
 
 _SLICES: Final = 8
 _MAX_LISTED: Final = 10_000
+_COUNT_KEY_SIZE: Final = 4
+"""Parts of a count's key before the values of facts."""
 
 Counts = tuple[Count, ...]
 
@@ -291,8 +293,15 @@ class RedisStore:
         for name in reply:
             key = name.decode()
             counted: CountKey = self._keys.counted(key)
+            if len(counted) < _COUNT_KEY_SIZE:
+                continue
             limit = limits.find(*counted[:3])
-            if limit is not None and limit.kind == counted[3] and limit.tenants_apart:
+            if (
+                limit is not None
+                and limit.kind == counted[3]
+                and limit.tenants_apart
+                and len(counted) == _COUNT_KEY_SIZE + len(limit.per)
+            ):
                 batch = batches.of(tenant)
                 batch.add("u", batch.place(Count(limit, key, tenant)))
                 found.append((limit, counted))

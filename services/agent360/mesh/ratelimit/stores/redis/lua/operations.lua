@@ -41,6 +41,7 @@ local function touch(key) dirty[key] = true end
 local function index(key, keep_ms)
   local all = base_of(key) .. ':i'
   redis.call('ZADD', all, now, key)
+  redis.call('ZREMRANGEBYRANK', all, 0, -10001)
   if redis.call('PTTL', all) < keep_ms then redis.call('PEXPIRE', all, keep_ms) end
 end
 
