@@ -13,6 +13,17 @@ if [ ! -x "$tools/grpcurl" ] && ! command -v grpcurl >/dev/null; then
     echo "go is not at hand: tests with grpcurl are skipped"
   fi
 fi
+if [ ! -x "$tools/gubernator" ] && ! command -v gubernator >/dev/null && command -v go >/dev/null; then
+  # A large build, worth two minutes and not more. Go keeps what it has built for the next time.
+  module=github.com/gubernator-io/gubernator/v2/cmd/gubernator
+  GOBIN="$PWD/$tools" timeout 120 sh -c "go install $module@v2.19.1 || go install $module@v2.13.0" >/dev/null 2>&1
+  [ -x "$tools/gubernator" ] || echo "gubernator could not be installed: bench ratelimit leaves it out"
+fi
+if [ ! -d .cache/xds-protos ] && [ -x .venv/bin/python ]; then
+  # Not into .venv: it overwrites files of opentelemetry-proto and googleapis-common-protos there.
+  .venv/bin/python -m pip install --quiet --no-deps --target .cache/xds-protos 'xds-protos==1.85.*' >/dev/null 2>&1 ||
+    echo "xds-protos could not be installed: the test with Envoy's stubs is skipped"
+fi
 packages=()
 for program in redis-server podman debootstrap openssl; do
   command -v "$program" >/dev/null || packages+=("$program")

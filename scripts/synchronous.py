@@ -21,7 +21,11 @@ CLIENTS: Final = {
     "metrics": "MetricsClient",
     "audit": "AuditClient",
 }
-INTERNAL: Final = {"AuditClient": {"settle"}, "CacheClient": {"abandon", "settle"}}
+INTERNAL: Final = {
+    "AuditClient": {"settle"},
+    "CacheClient": {"abandon", "settle"},
+    "RateLimitClient": {"settle_leases"},
+}
 """Methods of a client that are for the Mesh and the client itself."""
 NEEDS_A_LOOP: Final = {"CacheClient": {"cached", "watch"}}
 """Methods that make no sense without an event loop: what they give is asynchronous itself."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from agent360.mesh.ratelimit.limits import read_limits
+from agent360.mesh.ratelimit.limits_file import read_limits
 from agent360.mesh.runtime.config import load
 from agent360.mesh.services import NAMES, service_kind
 

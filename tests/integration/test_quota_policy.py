@@ -7,6 +7,7 @@ from typing import Any
 import grpc
 import pytest
 from support.raw_streams import ACME, RawStream
+from support.redis_servers import RedisServer
 from support.servers import running
 
 from agent360.client import CheckRequest, Mesh, MeshError, RateLimitedError
@@ -233,3 +234,44 @@ async def test_the_ratelimit_service_too_exempts_the_meshs_own_services(limits: 
         for mesh, denied in ((own, 0), (others, 7)):
             found = await mesh.ratelimit.check_many(CheckRequest("free") for _ in range(10))
             assert sum(isinstance(each, MeshError) for each in found) == denied
+
+
+async def test_the_ratelimit_service_limits_its_own_callers_by_its_shared_store(
+    limits: Path,
+) -> None:
+    async with (
+        RedisServer() as redis,
+        running("ratelimit", limits=limits, store=redis.url, answer_s=2) as server,
+        Mesh.connect(ratelimit=server.address, tenant="small", api_key="") as mesh,
+    ):
+        found = await mesh.ratelimit.check_many(CheckRequest("free") for _ in range(10))
+        assert sum(isinstance(each, MeshError) for each in found) == 7
+        assert (await mesh.ratelimit.check("free", tenant="acme")).allowed
+
+
+async def test_a_limit_for_any_name_does_not_count_a_check_twice(tmp_path: Path) -> None:
+    file = tmp_path / "limits.toml"
+    _ = file.write_text('[[limits]]\nid = "any"\namount = 5\nperiod = "10h"\n')
+    async with (
+        running("ratelimit", limits=file) as server,
+        Mesh.connect(ratelimit=server.address, tenant="acme", api_key="") as mesh,
+    ):
+        assert [(await mesh.ratelimit.check("x")).remaining for _ in range(5)] == [4, 3, 2, 1, 0]
+
+
+async def test_a_quota_is_charged_by_leases_with_little_asked(tmp_path: Path) -> None:
+    file = tmp_path / "limits.toml"
+    _ = file.write_text(
+        '[[limits]]\nid = "gets"\nname = "agent360.cache.v1.CacheService/Get"\n'
+        'algorithm = "fixed_window"\namount = 1000\nperiod = "10h"\n'
+    )
+    async with (
+        running("ratelimit", limits=file) as limiter,
+        running("cache", **asking(limiter.address)) as server,
+        Mesh.connect(cache=server.address, tenant="acme", api_key="") as mesh,
+    ):
+        served = 0
+        for _ in range(1_200):
+            (found,) = await mesh.cache.get_many(["k"])
+            served += not isinstance(found, MeshError)
+        assert served == 1_000

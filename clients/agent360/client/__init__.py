@@ -11,6 +11,7 @@ from agent360.client.cached_functions import cached
 from agent360.client.channel import Tls
 from agent360.client.chat import Answer, AnswerSource, GenerateRequest, Message, Tool, ToolCall
 from agent360.client.context import CallScope, Priority, call_scope
+from agent360.client.decisions import CheckRequest, Decision
 from agent360.client.entries import Entry, Lookup, Outcome
 from agent360.client.errors import (
     DeadlineExceededError,
@@ -21,9 +22,10 @@ from agent360.client.errors import (
     Violation,
 )
 from agent360.client.inference import InferenceClient
+from agent360.client.limiting import LimitMiddleware, limit
 from agent360.client.mesh import Mesh
 from agent360.client.near import NearCache
-from agent360.client.ratelimit import CheckRequest, Decision, RateLimitClient
+from agent360.client.ratelimit import RateLimitClient
 from agent360.client.serializers import BYTES, TEXT, Serializer, json_of, pydantic_of
 from agent360.client.synchronous import SyncMesh
 from agent360.client.watching import Invalidation, Reset
@@ -44,6 +46,7 @@ __all__ = [
     "InferenceClient",
     "InvalidRequestError",
     "Invalidation",
+    "LimitMiddleware",
     "Lookup",
     "Mesh",
     "MeshError",
@@ -64,5 +67,6 @@ __all__ = [
     "cached",
     "call_scope",
     "json_of",
+    "limit",
     "pydantic_of",
 ]

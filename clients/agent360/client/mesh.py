@@ -160,6 +160,9 @@ class Mesh:
             grace: seconds that both may take together; then the rest fails with UNAVAILABLE.
         """
         await asyncio.gather(
-            self._reporter.close(grace), self.audit.settle(grace), self.cache.settle(grace)
+            self._reporter.close(grace),
+            self.audit.settle(grace),
+            self.cache.settle(grace),
+            self.ratelimit.settle_leases(grace),
         )
         await asyncio.gather(*(coalescer.close(grace) for coalescer in self._coalescers))

@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from typing import Any, Final
-
-from msgspec import Struct
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Sequence
+from time import monotonic
+from typing import Final
 
 from agent360.client.coalescer import Coalescer, Wire
+from agent360.client.context import current_scope
+from agent360.client.decisions import (
+    CheckRequest,
+    Decision,
+    Descriptor,
+    Reservation,
+    Settlement,
+    Slot,
+)
+from agent360.client.errors import DeadlineExceededError
+from agent360.client.leasing import Lease, LeasePool, Leases
 from agent360.client.many import Results
-from agent360.client.operation import SingleOperation
+from agent360.client.ratelimit_operations import (
+    Acquire,
+    Check,
+    Release,
+    Renew,
+    Reserve,
+    ReturnLease,
+    Settle,
+    TakeLease,
+    fill_check,
+    read_check,
+)
 from agent360.ratelimit.v1 import ratelimit_pb2
 
 WIRE: Final = Wire(
@@ -19,74 +41,6 @@ WIRE: Final = Wire(
     ratelimit_pb2.PipelineResponse,
     ratelimit_pb2.PipelineResult,
 )
-
-Descriptor = Mapping[str, str]
-"""Facts that limits are matched and counted by, such as user, api_key, model or method."""
-
-
-class Decision(Struct, frozen=True, gc=False):
-    """The decision on a request."""
-
-    allowed: bool
-    """Whether it may be done."""
-    granted: int
-    """How many hits were granted: all, none or, with ``allow_partial``, some."""
-    remaining: int
-    """How many more hits the tightest limit would admit now."""
-    limit: int
-    """Size of the tightest limit in hits; 0 if no limit applies."""
-    reset_after_s: float
-    """Seconds until the tightest limit is whole again."""
-    retry_after_s: float | None
-    """When denied, or granted in part: seconds after which it can be admitted; None: never."""
-    limit_id: str
-    """The tightest limit or, when denied, the one that denied; empty if no limit applies."""
-    degraded: bool
-    """True where the store was away and the limit's failure mode decided."""
-
-
-class CheckRequest(Struct, frozen=True, gc=False):
-    """One of many checks."""
-
-    name: str
-    """What is to be done, such as ``inference.generate``."""
-    hits: int = 1
-    """How much is charged; 0 looks without charging."""
-    descriptor: Descriptor | None = None
-    """Facts for matching."""
-    allow_partial: bool = False
-    """Whether fewer hits than asked for may be granted."""
-
-
-class Reservation(Struct, frozen=True, gc=False):
-    """Tokens set aside, or the decision that denied them."""
-
-    decision: Decision
-    """The decision."""
-    reservation_id: str
-    """For ``settle``; empty when denied."""
-
-
-class Settlement(Struct, frozen=True, gc=False):
-    """What a settle did."""
-
-    adjustment: int
-    """Tokens charged beyond the reservation (positive) or given back (negative)."""
-    repeated: bool
-    """True if the reservation had been settled before and nothing was changed."""
-    remaining: int
-    """How many more tokens the tightest limit would admit now."""
-
-
-class Slot(Struct, frozen=True, gc=False):
-    """Concurrency slots, or the decision that denied them."""
-
-    decision: Decision
-    """The decision."""
-    slot_id: str
-    """For ``renew`` and ``release``; empty when denied."""
-    ttl_s: float
-    """Seconds after which the slots come back by themselves."""
 
 
 class RateLimitClient:
@@ -100,6 +54,7 @@ class RateLimitClient:
 
     def __init__(self, coalescer: Coalescer) -> None:
         self._coalescer = coalescer
+        self._leases = Leases(self._lease, self._return_lease)
 
     async def check(
         self,
@@ -108,24 +63,74 @@ class RateLimitClient:
         hits: int = 1,
         descriptor: Descriptor | None = None,
         allow_partial: bool = False,
+        leased: bool = False,
         timeout: float | None = None,
         tenant: str | None = None,
     ) -> Decision:
         """Decides one request and charges it to every limit that applies, or to none.
+
+        A leased check spends tokens that were charged in advance, normally without asking the
+        service: it takes microseconds, never admits more than the limit, and may deny while
+        others hold the last tokens. What is not spent within a second or so goes back. Limits that
+        are strict are asked about all the same.
 
         Args:
             name: what is to be done; limits are matched by it.
             hits: how much is charged; 0 looks without charging.
             descriptor: facts for matching, such as ``{"user": "u1"}``.
             allow_partial: whether fewer hits than asked for may be granted.
+            leased: whether tokens may be leased.
             timeout: seconds; None: what remains in the current scope, or the default.
             tenant: on whose behalf; None: that of the current scope, or the Mesh's.
 
         Raises:
             MeshError: the service could not be asked. A denial is a result, not an error.
         """
+        if leased and hits > 0 and not allow_partial:
+            owner = tenant or current_scope().tenant or self._coalescer.tenant
+            pool = self._leases.pool(owner, name, descriptor)
+            now = monotonic()
+            if now >= pool.strict_until:
+                decision = pool.take(hits, now) or await self._leased(pool, hits, timeout)
+                if decision is not None:
+                    return decision
         request = CheckRequest(name, hits, descriptor, allow_partial)
-        return await self._coalescer.call(_Check(request), timeout, tenant)
+        return await self._coalescer.call(Check(request), timeout, tenant)
+
+    def spend(
+        self,
+        name: str,
+        *,
+        hits: int = 1,
+        descriptor: Descriptor | None = None,
+        tenant: str | None = None,
+    ) -> Decision | None:
+        """Decides a request with leased tokens that are at hand, at once.
+
+        Args:
+            name: as in ``check``.
+            hits: as in ``check``.
+            descriptor: as in ``check``.
+            tenant: as in ``check``.
+
+        Returns:
+            The decision, or None where only ``check`` with ``leased`` can tell.
+        """
+        owner = tenant or current_scope().tenant or self._coalescer.tenant
+        pool = self._leases.pool(owner, name, descriptor)
+        now = monotonic()
+        return pool.take(hits, now) if now >= pool.strict_until else None
+
+    async def _leased(self, pool: LeasePool, hits: int, timeout: float | None) -> Decision | None:
+        left_s = self._coalescer.default_timeout_s if timeout is None else timeout
+        deadline = current_scope().deadline
+        if deadline is not None:
+            left_s = min(left_s, deadline - monotonic())
+        try:
+            async with asyncio.timeout(left_s):
+                return await pool.lease(hits)
+        except TimeoutError:
+            raise DeadlineExceededError from None
 
     def check_many(
         self,
@@ -139,8 +144,8 @@ class RateLimitClient:
             self._coalescer,
             "check",
             requests,
-            fill=_fill_check,
-            read=_read_check,
+            fill=fill_check,
+            read=read_check,
             repeatable=False,
             timeout=timeout,
             tenant=tenant,
@@ -153,6 +158,7 @@ class RateLimitClient:
         *,
         descriptor: Descriptor | None = None,
         ttl: float | None = None,
+        request_id: str = "",
         timeout: float | None = None,
         tenant: str | None = None,
     ) -> Reservation:
@@ -162,11 +168,13 @@ class RateLimitClient:
             name: what is to be done.
             tokens: the estimate.
             descriptor: facts for matching.
-            ttl: seconds after which an unsettled reservation counts as spent.
+            ttl: seconds after which an unsettled reservation counts as spent; at most a day.
+            request_id: a UUID chosen for this reservation; a second ``reserve`` with it, of the
+                same name, returns the first one's. Never that of the scope. Empty: each is new.
             timeout: as in ``check``.
             tenant: as in ``check``.
         """
-        operation = _Reserve(name, tokens, descriptor, ttl)
+        operation = Reserve(name, tokens, descriptor, ttl, request_id)
         return await self._coalescer.call(operation, timeout, tenant)
 
     async def settle(
@@ -178,7 +186,7 @@ class RateLimitClient:
         tenant: str | None = None,
     ) -> Settlement:
         """Replaces a reservation by what was really used; repeating it changes nothing."""
-        return await self._coalescer.call(_Settle(reservation_id, tokens), timeout, tenant)
+        return await self._coalescer.call(Settle(reservation_id, tokens), timeout, tenant)
 
     async def acquire(
         self,
@@ -191,7 +199,7 @@ class RateLimitClient:
         tenant: str | None = None,
     ) -> Slot:
         """Takes concurrency slots; ``release`` gives them back."""
-        operation = _Acquire(name, slots, descriptor, ttl)
+        operation = Acquire(name, slots, descriptor, ttl)
         return await self._coalescer.call(operation, timeout, tenant)
 
     async def renew(
@@ -203,13 +211,117 @@ class RateLimitClient:
         tenant: str | None = None,
     ) -> bool:
         """Keeps slots for longer; False if they had already come back."""
-        return await self._coalescer.call(_Renew(slot_id, ttl), timeout, tenant)
+        return await self._coalescer.call(Renew(slot_id, ttl), timeout, tenant)
 
     async def release(
         self, slot_id: str, *, timeout: float | None = None, tenant: str | None = None
     ) -> bool:
         """Gives slots back; False if they had already come back."""
-        return await self._coalescer.call(_Release(slot_id), timeout, tenant)
+        return await self._coalescer.call(Release(slot_id), timeout, tenant)
+
+    async def settle_leases(self, grace: float) -> None:
+        """Gives unspent leases back; for the Mesh."""
+        await self._leases.close(grace)
+
+    async def _lease(
+        self, name: str, tokens: int, descriptor: Descriptor | None, tenant: str
+    ) -> Lease:
+        return await self._coalescer.call(TakeLease(name, tokens, descriptor), None, tenant)
+
+    async def _return_lease(self, lease_id: str, unspent: int, tenant: str) -> int:
+        return await self._coalescer.call(ReturnLease(lease_id, unspent), None, tenant)
+
+    async def set_limit(
+        self,
+        limit: ratelimit_pb2.Limit,
+        *,
+        timeout: float | None = None,
+        tenant: str | None = None,
+    ) -> ratelimit_pb2.Limit:
+        """Makes or replaces a limit; returns it as it is in force. For admins.
+
+        Raises:
+            MeshError: it stands in the limits file, is malformed, or may not be changed.
+        """
+        request = ratelimit_pb2.SetLimitRequest(limit=limit)
+        response = await self._coalescer.unary(
+            "SetLimit", request, ratelimit_pb2.SetLimitResponse, timeout, tenant
+        )
+        found: ratelimit_pb2.Limit = response.limit
+        return found
+
+    async def delete_limit(
+        self,
+        limit_id: str,
+        *,
+        of_tenant: str = "",
+        plan: str = "",
+        timeout: float | None = None,
+        tenant: str | None = None,
+    ) -> None:
+        """Removes a limit that was set. For admins.
+
+        Args:
+            limit_id: of the limit.
+            of_tenant: the tenant whose own limit it is; empty: general.
+            plan: the plan it is for; empty: all.
+            timeout: as in ``check``.
+            tenant: as in ``check``.
+        """
+        request = ratelimit_pb2.DeleteLimitRequest(limit_id=limit_id, tenant=of_tenant, plan=plan)
+        await self._coalescer.unary(
+            "DeleteLimit", request, ratelimit_pb2.DeleteLimitResponse, timeout, tenant
+        )
+
+    async def get_usage(
+        self,
+        limit_id: str,
+        *,
+        counted_by: Descriptor | None = None,
+        timeout: float | None = None,
+        tenant: str | None = None,
+    ) -> ratelimit_pb2.Usage:
+        """Reads how much of a limit the tenant has used.
+
+        Args:
+            limit_id: of the limit.
+            counted_by: the facts that the limit is counted by, except the tenant.
+            timeout: as in ``check``.
+            tenant: as in ``check``.
+        """
+        request = ratelimit_pb2.GetUsageRequest(limit_id=limit_id, counted_by=counted_by or {})
+        response = await self._coalescer.unary(
+            "GetUsage", request, ratelimit_pb2.GetUsageResponse, timeout, tenant
+        )
+        usage: ratelimit_pb2.Usage = response.usage
+        return usage
+
+    async def list_usage(
+        self,
+        limit_id: str = "",
+        *,
+        page_size: int = 0,
+        timeout: float | None = None,
+        tenant: str | None = None,
+    ) -> AsyncIterator[ratelimit_pb2.Usage]:
+        """Yields the tenant's counts that are in use, by limit and facts.
+
+        Args:
+            limit_id: only of this limit; empty: of all.
+            page_size: how many to fetch at a time; 0: the service's default.
+            timeout: seconds for each page.
+            tenant: as in ``check``.
+        """
+        request = ratelimit_pb2.ListUsageRequest(limit_id=limit_id, page_size=page_size)
+        while True:
+            page = await self._coalescer.unary(
+                "ListUsage", request, ratelimit_pb2.ListUsageResponse, timeout, tenant
+            )
+            for usage in page.usages:
+                yield usage
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
 
     async def get_limit(
         self, limit_id: str, *, timeout: float | None = None, tenant: str | None = None
@@ -249,157 +361,3 @@ class RateLimitClient:
             if not page.next_page_token:
                 return
             request.page_token = page.next_page_token
-
-
-class _Check(SingleOperation[Decision]):
-    __slots__ = ("request",)
-    field = "check"
-    repeatable = False
-
-    def __init__(self, request: CheckRequest) -> None:
-        super().__init__()
-        self.request = request
-
-    def fill(self, request: Any) -> None:
-        _fill_check(request, self.request)
-
-    def read(self, response: Any) -> Decision:
-        return _read_check(response)
-
-
-class _Reserve(SingleOperation[Reservation]):
-    __slots__ = ("descriptor", "name", "tokens", "ttl")
-    field = "reserve"
-    repeatable = False
-
-    def __init__(
-        self, name: str, tokens: int, descriptor: Descriptor | None, ttl: float | None
-    ) -> None:
-        super().__init__()
-        self.name = name
-        self.tokens = tokens
-        self.descriptor = descriptor
-        self.ttl = ttl
-
-    def fill(self, request: Any) -> None:
-        request.name = self.name
-        request.tokens = self.tokens
-        if self.descriptor:
-            request.descriptor.update(self.descriptor)
-        if self.ttl is not None:
-            request.ttl.FromNanoseconds(round(self.ttl * 1e9))
-
-    def read(self, response: Any) -> Reservation:
-        return Reservation(_read_check(response), response.reservation_id)
-
-
-class _Settle(SingleOperation[Settlement]):
-    __slots__ = ("reservation_id", "tokens")
-    field = "settle"
-
-    def __init__(self, reservation_id: str, tokens: int) -> None:
-        super().__init__()
-        self.reservation_id = reservation_id
-        self.tokens = tokens
-
-    def fill(self, request: Any) -> None:
-        request.reservation_id = self.reservation_id
-        request.tokens = self.tokens
-
-    def read(self, response: Any) -> Settlement:
-        return Settlement(response.adjustment, response.repeated_settle, response.remaining)
-
-
-class _Acquire(SingleOperation[Slot]):
-    __slots__ = ("descriptor", "name", "slots", "ttl")
-    field = "acquire"
-    repeatable = False
-
-    def __init__(
-        self, name: str, slots: int, descriptor: Descriptor | None, ttl: float | None
-    ) -> None:
-        super().__init__()
-        self.name = name
-        self.slots = slots
-        self.descriptor = descriptor
-        self.ttl = ttl
-
-    def fill(self, request: Any) -> None:
-        request.name = self.name
-        request.slots = self.slots
-        if self.descriptor:
-            request.descriptor.update(self.descriptor)
-        if self.ttl is not None:
-            request.ttl.FromNanoseconds(round(self.ttl * 1e9))
-
-    def read(self, response: Any) -> Slot:
-        return Slot(
-            _read_check(response),
-            response.slot_id,
-            response.ttl.seconds + response.ttl.nanos * 1e-9,
-        )
-
-
-class _Renew(SingleOperation[bool]):
-    __slots__ = ("slot_id", "ttl")
-    field = "renew"
-
-    def __init__(self, slot_id: str, ttl: float | None) -> None:
-        super().__init__()
-        self.slot_id = slot_id
-        self.ttl = ttl
-
-    def fill(self, request: Any) -> None:
-        request.slot_id = self.slot_id
-        if self.ttl is not None:
-            request.ttl.FromNanoseconds(round(self.ttl * 1e9))
-
-    def read(self, response: Any) -> bool:
-        return bool(response.renewed)
-
-
-class _Release(SingleOperation[bool]):
-    __slots__ = ("slot_id",)
-    field = "release"
-
-    def __init__(self, slot_id: str) -> None:
-        super().__init__()
-        self.slot_id = slot_id
-
-    def fill(self, request: Any) -> None:
-        request.slot_id = self.slot_id
-
-    def read(self, response: Any) -> bool:
-        return bool(response.released)
-
-
-def _fill_check(message: Any, request: CheckRequest) -> None:
-    message.name = request.name
-    if request.hits != 1:
-        message.hits = request.hits
-    if request.descriptor:
-        facts = message.descriptor
-        for key, value in request.descriptor.items():
-            facts[key] = value
-    if request.allow_partial:
-        message.allow_partial = True
-
-
-def _read_check(response: Any) -> Decision:
-    message = response.decision
-    reset = message.reset_after
-    allowed = message.allowed
-    retry_after_s = None
-    if message.HasField("retry_after"):
-        retry = message.retry_after
-        retry_after_s = retry.seconds + retry.nanos * 1e-9
-    return Decision(
-        allowed,
-        message.granted,
-        message.remaining,
-        message.limit,
-        reset.seconds + reset.nanos * 1e-9,
-        retry_after_s,
-        message.limit_id,
-        message.degraded,
-    )

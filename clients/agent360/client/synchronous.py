@@ -16,6 +16,14 @@ from agent360.client.audit import AuditClient, AuditEvent
 from agent360.client.cache import CacheClient, T
 from agent360.client.channel import MAX_MESSAGE_BYTES, Tls
 from agent360.client.chat import Answer, GenerateRequest
+from agent360.client.decisions import (
+    CheckRequest,
+    Decision,
+    Descriptor,
+    Reservation,
+    Settlement,
+    Slot,
+)
 from agent360.client.entries import Claim, Entry, Invalidated, Lookup, Stored, Warmed
 from agent360.client.entry_client import DEFAULT_NAMESPACE
 from agent360.client.errors import MeshError
@@ -24,15 +32,7 @@ from agent360.client.mesh import Addresses, Mesh
 from agent360.client.metrics import Labels, MetricsClient
 from agent360.client.near import NearCache, NearStats
 from agent360.client.portal import Portal, SyncAnswerStream, SyncResults
-from agent360.client.ratelimit import (
-    CheckRequest,
-    Decision,
-    Descriptor,
-    RateLimitClient,
-    Reservation,
-    Settlement,
-    Slot,
-)
+from agent360.client.ratelimit import RateLimitClient
 from agent360.client.serializers import UNCHANGED, Serializer
 from agent360.client.session import Bounds
 from agent360.inference.v1 import inference_pb2
@@ -606,16 +606,23 @@ class SyncRateLimitClient:
         hits: int = 1,
         descriptor: Descriptor | None = None,
         allow_partial: bool = False,
+        leased: bool = False,
         timeout: float | None = None,
         tenant: str | None = None,
     ) -> Decision:
         """Decides one request and charges it to every limit that applies, or to none.
+
+        A leased check spends tokens that were charged in advance, normally without asking the
+        service: it takes microseconds, never admits more than the limit, and may deny while
+        others hold the last tokens. What is not spent within a second or so goes back. Limits that
+        are strict are asked about all the same.
 
         Args:
             name: what is to be done; limits are matched by it.
             hits: how much is charged; 0 looks without charging.
             descriptor: facts for matching, such as ``{"user": "u1"}``.
             allow_partial: whether fewer hits than asked for may be granted.
+            leased: whether tokens may be leased.
             timeout: seconds; None: what remains in the current scope, or the default.
             tenant: on whose behalf; None: that of the current scope, or the Mesh's.
 
@@ -628,9 +635,33 @@ class SyncRateLimitClient:
                 hits=hits,
                 descriptor=descriptor,
                 allow_partial=allow_partial,
+                leased=leased,
                 timeout=timeout,
                 tenant=tenant,
             )
+        )
+
+    def spend(
+        self,
+        name: str,
+        *,
+        hits: int = 1,
+        descriptor: Descriptor | None = None,
+        tenant: str | None = None,
+    ) -> Decision | None:
+        """Decides a request with leased tokens that are at hand, at once.
+
+        Args:
+            name: as in ``check``.
+            hits: as in ``check``.
+            descriptor: as in ``check``.
+            tenant: as in ``check``.
+
+        Returns:
+            The decision, or None where only ``check`` with ``leased`` can tell.
+        """
+        return self._portal.call(
+            self._client.spend, name, hits=hits, descriptor=descriptor, tenant=tenant
         )
 
     def check_many(
@@ -653,6 +684,7 @@ class SyncRateLimitClient:
         *,
         descriptor: Descriptor | None = None,
         ttl: float | None = None,
+        request_id: str = "",
         timeout: float | None = None,
         tenant: str | None = None,
     ) -> Reservation:
@@ -662,13 +694,21 @@ class SyncRateLimitClient:
             name: what is to be done.
             tokens: the estimate.
             descriptor: facts for matching.
-            ttl: seconds after which an unsettled reservation counts as spent.
+            ttl: seconds after which an unsettled reservation counts as spent; at most a day.
+            request_id: a UUID chosen for this reservation; a second ``reserve`` with it, of the
+                same name, returns the first one's. Never that of the scope. Empty: each is new.
             timeout: as in ``check``.
             tenant: as in ``check``.
         """
         return self._portal.run(
             self._client.reserve(
-                name, tokens, descriptor=descriptor, ttl=ttl, timeout=timeout, tenant=tenant
+                name,
+                tokens,
+                descriptor=descriptor,
+                ttl=ttl,
+                request_id=request_id,
+                timeout=timeout,
+                tenant=tenant,
             )
         )
 
@@ -720,6 +760,80 @@ class SyncRateLimitClient:
     ) -> bool:
         """Gives slots back; False if they had already come back."""
         return self._portal.run(self._client.release(slot_id, timeout=timeout, tenant=tenant))
+
+    def set_limit(
+        self, limit: ratelimit_pb2.Limit, *, timeout: float | None = None, tenant: str | None = None
+    ) -> ratelimit_pb2.Limit:
+        """Makes or replaces a limit; returns it as it is in force. For admins.
+
+        Raises:
+            MeshError: it stands in the limits file, is malformed, or may not be changed.
+        """
+        return self._portal.run(self._client.set_limit(limit, timeout=timeout, tenant=tenant))
+
+    def delete_limit(
+        self,
+        limit_id: str,
+        *,
+        of_tenant: str = "",
+        plan: str = "",
+        timeout: float | None = None,
+        tenant: str | None = None,
+    ) -> None:
+        """Removes a limit that was set. For admins.
+
+        Args:
+            limit_id: of the limit.
+            of_tenant: the tenant whose own limit it is; empty: general.
+            plan: the plan it is for; empty: all.
+            timeout: as in ``check``.
+            tenant: as in ``check``.
+        """
+        self._portal.run(
+            self._client.delete_limit(
+                limit_id, of_tenant=of_tenant, plan=plan, timeout=timeout, tenant=tenant
+            )
+        )
+
+    def get_usage(
+        self,
+        limit_id: str,
+        *,
+        counted_by: Descriptor | None = None,
+        timeout: float | None = None,
+        tenant: str | None = None,
+    ) -> ratelimit_pb2.Usage:
+        """Reads how much of a limit the tenant has used.
+
+        Args:
+            limit_id: of the limit.
+            counted_by: the facts that the limit is counted by, except the tenant.
+            timeout: as in ``check``.
+            tenant: as in ``check``.
+        """
+        return self._portal.run(
+            self._client.get_usage(limit_id, counted_by=counted_by, timeout=timeout, tenant=tenant)
+        )
+
+    def list_usage(
+        self,
+        limit_id: str = "",
+        *,
+        page_size: int = 0,
+        timeout: float | None = None,
+        tenant: str | None = None,
+    ) -> Iterator[ratelimit_pb2.Usage]:
+        """Yields the tenant's counts that are in use, by limit and facts.
+
+        Args:
+            limit_id: only of this limit; empty: of all.
+            page_size: how many to fetch at a time; 0: the service's default.
+            timeout: seconds for each page.
+            tenant: as in ``check``.
+        """
+        return self._portal.iterate(
+            self._client.list_usage(limit_id, page_size=page_size, timeout=timeout, tenant=tenant)
+        )
 
     def get_limit(
         self, limit_id: str, *, timeout: float | None = None, tenant: str | None = None

@@ -10,15 +10,21 @@ from hypothesis import strategies as st
 from agent360.client.errors import MeshError
 from agent360.mesh.ratelimit.counters import Counter, FixedWindow, SlidingWindow, TokenBucket
 from agent360.mesh.ratelimit.limiter import Limiter
-from agent360.mesh.ratelimit.limits import Algorithm, Limit, LimitsError, LimitSet, read_limits
+from agent360.mesh.ratelimit.limits import Algorithm, Limit, LimitsError, LimitSet
+from agent360.mesh.ratelimit.limits_file import read_limits
+from agent360.mesh.ratelimit.windows import PlainWindows
+
+S = 1_000_000
 
 
 class Clock:
+    """Microseconds, moved by the test in seconds."""
+
     def __init__(self) -> None:
         self.now = 1_000.0
 
-    def __call__(self) -> float:
-        return self.now
+    def __call__(self) -> int:
+        return round(self.now * 1e6)
 
 
 def limiter(*limits: Limit) -> tuple[Limiter, Clock]:
@@ -26,15 +32,15 @@ def limiter(*limits: Limit) -> tuple[Limiter, Clock]:
     return Limiter(LimitSet(limits), clock), clock
 
 
-steps = st.lists(st.tuples(st.floats(0, 3), st.integers(1, 4)), min_size=1, max_size=80)
+steps = st.lists(st.tuples(st.integers(0, 3 * S), st.integers(1, 4)), min_size=1, max_size=80)
 
 
 @given(steps)
 def test_a_token_bucket_admits_at_most_burst_plus_rate_times_any_interval(
-    history: list[tuple[float, int]],
+    history: list[tuple[int, int]],
 ) -> None:
-    bucket, now = TokenBucket(amount=5, period_s=2.0, burst=7), 50.0
-    admitted: list[tuple[float, int]] = []
+    bucket, now = TokenBucket(amount=5, period_us=2 * S, burst=7), 50 * S
+    admitted: list[tuple[int, int]] = []
     for pause, hits in history:
         now += pause
         if bucket.room(now) >= hits:
@@ -44,37 +50,37 @@ def test_a_token_bucket_admits_at_most_burst_plus_rate_times_any_interval(
         total = 0
         for at, hits in admitted[first:]:
             total += hits
-            assert total <= 7 + 2.5 * (at - admitted[first][0]) + 1e-3
+            assert total <= 7 + 2.5 * (at - admitted[first][0]) / S
 
 
 @given(steps)
 def test_a_sliding_window_never_admits_more_than_its_amount_in_any_period(
-    history: list[tuple[float, int]],
+    history: list[tuple[int, int]],
 ) -> None:
-    window, now = SlidingWindow(amount=9, period_s=4.0), 50.0
-    admitted: list[tuple[float, int]] = []
+    window, now = SlidingWindow(amount=9, period_us=4 * S), 50 * S
+    admitted: list[tuple[int, int]] = []
     for pause, hits in history:
         now += pause
         if window.room(now) >= hits:
             window.take(now, hits)
             admitted.append((now, hits))
     for at, _ in admitted:
-        assert sum(hits for when, hits in admitted if at - 4.0 < when <= at) <= 9
+        assert sum(hits for when, hits in admitted if at - 4 * S < when <= at) <= 9
 
 
 COUNTERS: list[Callable[[], Counter]] = [
-    lambda: TokenBucket(5, 2.0, 7),
-    lambda: SlidingWindow(7, 2.0),
-    lambda: FixedWindow(7, 2.0),
+    lambda: TokenBucket(5, 2 * S, 7),
+    lambda: SlidingWindow(7, 2 * S),
+    lambda: FixedWindow(7, PlainWindows(2 * S)),
 ]
 
 
 @pytest.mark.parametrize("make", COUNTERS)
 @given(history=steps)
 def test_waiting_as_told_admits_and_waiting_nine_tenths_does_not(
-    make: Callable[[], Counter], history: list[tuple[float, int]]
+    make: Callable[[], Counter], history: list[tuple[int, int]]
 ) -> None:
-    counter, now = make(), 50.0
+    counter, now = make(), 50 * S
     for pause, hits in history:
         now += pause
         if counter.room(now) >= hits:
@@ -82,9 +88,9 @@ def test_waiting_as_told_admits_and_waiting_nine_tenths_does_not(
             continue
         wait = counter.wait(now, hits)
         assert wait is not None
-        if wait > 1e-3:
-            assert counter.room(now + 0.9 * wait) < hits
-        now += wait + 1e-6
+        if wait > 1_000:
+            assert counter.room(now + wait * 9 // 10) < hits
+        now += wait
         assert counter.room(now) >= hits
 
 
@@ -96,7 +102,7 @@ def test_a_denied_parent_charges_no_child() -> None:
     assert sum(decision.allowed for decision in decisions) == 10
     assert decisions[-1].limit_id == "tenant"
     plan = subject.plan("acme", "x", {"user": "u"})
-    assert plan[1].counter.room(1_000.0) == 90
+    assert plan[1].counter.room(1_000 * S) == 90
 
 
 def test_one_tenants_use_leaves_anothers_limit_whole() -> None:
@@ -147,7 +153,7 @@ def test_a_request_that_no_limit_matches_is_allowed() -> None:
 def test_twenty_reserves_of_a_hundred_fit_ten_times_into_a_thousand_and_settle_once() -> None:
     subject, _ = limiter(Limit("tokens", 1_000, 3_600.0, algorithm=Algorithm.FIXED_WINDOW))
     plan = subject.plan("acme", "x", {})
-    reserved = [subject.reserve("acme", plan, 100, 60.0) for _ in range(20)]
+    reserved = [subject.reserve("acme", "x", plan, 100, 60.0) for _ in range(20)]
     ids = [reservation_id for decision, reservation_id in reserved if decision.allowed]
     assert len(ids) == 10
     for reservation_id in ids:
@@ -161,16 +167,38 @@ def test_twenty_reserves_of_a_hundred_fit_ten_times_into_a_thousand_and_settle_o
 def test_a_reserve_of_the_same_request_id_is_charged_once() -> None:
     subject, _ = limiter(Limit("tokens", 1_000, 3_600.0))
     plan = subject.plan("acme", "x", {})
-    first = subject.reserve("acme", plan, 100, 60.0, "request-1")
-    assert subject.reserve("acme", plan, 100, 60.0, "request-1") == first
+    first = subject.reserve("acme", "x", plan, 100, 60.0, "request-1")
+    assert subject.reserve("acme", "x", plan, 100, 60.0, "request-1") == first
     assert subject.check("acme", "x", 0).remaining == 900
 
 
 def test_another_tenants_reservation_is_not_found() -> None:
     subject, _ = limiter(Limit("tokens", 1_000, 3_600.0))
-    _, reservation_id = subject.reserve("acme", subject.plan("acme", "x", {}), 1, 60.0)
+    _, reservation_id = subject.reserve("acme", "x", subject.plan("acme", "x", {}), 1, 60.0)
     with pytest.raises(MeshError, match="RESERVATION_UNKNOWN"):
         subject.settle("globex", reservation_id, 1)
+
+
+def test_what_no_limit_applies_to_is_settled_renewed_and_released_by_any_replica() -> None:
+    (made, _), (other, _) = limiter(), limiter()
+    decision, reservation_id = made.reserve("acme", "x", (), 100, 60.0)
+    assert decision.allowed
+    for _ in range(2):
+        settled = other.settle("acme", reservation_id, 40)
+        assert (settled.adjustment, settled.repeated) == (-60, False)
+    decision, slot_id = made.acquire("acme", (), 2, 1.5)
+    assert decision.allowed
+    assert other.renew("acme", slot_id, None) == 1.5
+    assert other.renew("acme", slot_id, 9.0) == 9.0
+    assert other.release("acme", slot_id)
+
+
+def test_a_changed_per_begins_anew() -> None:
+    subject, _ = limiter(Limit("r", 10, 60.0, per=("tenant", "user")))
+    assert subject.check("acme", "x", 6, facts={"user": "u"}).allowed
+    subject.replace_limits(LimitSet([Limit("r", 10, 60.0, per=("tenant", "model"))]))
+    assert subject.check("acme", "x", 0, facts={"model": "u"}).remaining == 10
+    assert [each.used for each in subject.usage("acme")] == [0]
 
 
 def test_counts_beyond_the_bound_go_when_they_are_whole_again() -> None:

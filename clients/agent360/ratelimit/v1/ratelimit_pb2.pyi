@@ -39,7 +39,7 @@ class _AlgorithmEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Algorithm.V
     up to a sixteenth of the period late.
     """
     ALGORITHM_FIXED_WINDOW: _Algorithm.ValueType  # 3
-    """At most amount in each period aligned with the calendar of time_zone."""
+    """At most amount in each period; see calendar_period."""
     ALGORITHM_CONCURRENCY: _Algorithm.ValueType  # 4
     """At most amount slots held at a time."""
 
@@ -55,10 +55,46 @@ ALGORITHM_SLIDING_WINDOW: Algorithm.ValueType  # 2
 up to a sixteenth of the period late.
 """
 ALGORITHM_FIXED_WINDOW: Algorithm.ValueType  # 3
-"""At most amount in each period aligned with the calendar of time_zone."""
+"""At most amount in each period; see calendar_period."""
 ALGORITHM_CONCURRENCY: Algorithm.ValueType  # 4
 """At most amount slots held at a time."""
 Global___Algorithm: _TypeAlias = Algorithm  # noqa: Y015
+
+class _CalendarPeriod:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _CalendarPeriodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CalendarPeriod.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CALENDAR_PERIOD_UNSPECIFIED: _CalendarPeriod.ValueType  # 0
+    """Not given: multiples of the limit's period."""
+    CALENDAR_PERIOD_HOUR: _CalendarPeriod.ValueType  # 1
+    """From full hour to full hour of the local clock."""
+    CALENDAR_PERIOD_DAY: _CalendarPeriod.ValueType  # 2
+    """From midnight to midnight."""
+    CALENDAR_PERIOD_WEEK: _CalendarPeriod.ValueType  # 3
+    """From Monday to Monday."""
+    CALENDAR_PERIOD_MONTH: _CalendarPeriod.ValueType  # 4
+    """From the first to the first."""
+    CALENDAR_PERIOD_YEAR: _CalendarPeriod.ValueType  # 5
+    """From New Year to New Year."""
+
+class CalendarPeriod(_CalendarPeriod, metaclass=_CalendarPeriodEnumTypeWrapper):
+    """A period of the calendar."""
+
+CALENDAR_PERIOD_UNSPECIFIED: CalendarPeriod.ValueType  # 0
+"""Not given: multiples of the limit's period."""
+CALENDAR_PERIOD_HOUR: CalendarPeriod.ValueType  # 1
+"""From full hour to full hour of the local clock."""
+CALENDAR_PERIOD_DAY: CalendarPeriod.ValueType  # 2
+"""From midnight to midnight."""
+CALENDAR_PERIOD_WEEK: CalendarPeriod.ValueType  # 3
+"""From Monday to Monday."""
+CALENDAR_PERIOD_MONTH: CalendarPeriod.ValueType  # 4
+"""From the first to the first."""
+CALENDAR_PERIOD_YEAR: CalendarPeriod.ValueType  # 5
+"""From New Year to New Year."""
+Global___CalendarPeriod: _TypeAlias = CalendarPeriod  # noqa: Y015
 
 class _FailureMode:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -324,17 +360,22 @@ class ReserveRequest(_message.Message):
     DESCRIPTOR_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     TTL_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """What is to be done; as in CheckRequest."""
     tokens: _builtins.int
     """How many tokens are expected to be used; positive."""
+    request_id: _builtins.str
+    """A UUID chosen by the caller for this reservation: a second Reserve with it, of the same name, returns the
+    first one's reservation. Empty: not idempotent.
+    """
     @_builtins.property
     def descriptor(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Facts for matching; as in CheckRequest."""
 
     @_builtins.property
     def ttl(self) -> _duration_pb2.Duration:
-        """When an unsettled reservation counts as spent. Absent: the service's default."""
+        """When an unsettled reservation counts as spent; at most a day. Absent: the service's default."""
 
     def __init__(
         self,
@@ -343,10 +384,11 @@ class ReserveRequest(_message.Message):
         descriptor: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         tokens: _builtins.int = ...,
         ttl: _duration_pb2.Duration | None = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ttl", b"ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["descriptor", b"descriptor", "name", b"name", "tokens", b"tokens", "ttl", b"ttl"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["descriptor", b"descriptor", "name", b"name", "request_id", b"request_id", "tokens", b"tokens", "ttl", b"ttl"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -476,7 +518,7 @@ class AcquireRequest(_message.Message):
 
     @_builtins.property
     def ttl(self) -> _duration_pb2.Duration:
-        """When the slots come back by themselves. Absent: the service's default."""
+        """When the slots come back by themselves; at most a day. Absent: the service's default."""
 
     def __init__(
         self,
@@ -542,7 +584,7 @@ class RenewRequest(_message.Message):
     """The slots."""
     @_builtins.property
     def ttl(self) -> _duration_pb2.Duration:
-        """The new time to live, counted from now. Absent: that of the Acquire."""
+        """The new time to live, counted from now; at most a day. Absent: that of the Acquire."""
 
     def __init__(
         self,
@@ -691,8 +733,11 @@ class LeaseResponse(_message.Message):
     DECISION_FIELD_NUMBER: _builtins.int
     LEASE_ID_FIELD_NUMBER: _builtins.int
     TTL_FIELD_NUMBER: _builtins.int
+    STRICT_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
     """Names the lease in ReturnLease; empty when nothing was granted."""
+    strict: _builtins.bool
+    """True where a limit of the request allows no leases: ask by Check."""
     @_builtins.property
     def decision(self) -> Global___Decision:
         """The decision; granted says how many tokens were leased."""
@@ -707,10 +752,11 @@ class LeaseResponse(_message.Message):
         decision: Global___Decision | None = ...,
         lease_id: _builtins.str = ...,
         ttl: _duration_pb2.Duration | None = ...,
+        strict: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "ttl", b"ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "lease_id", b"lease_id", "ttl", b"ttl"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "lease_id", b"lease_id", "strict", b"strict", "ttl", b"ttl"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -805,6 +851,9 @@ class Limit(_message.Message):
     TENANT_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    CALENDAR_PERIOD_FIELD_NUMBER: _builtins.int
+    PLAN_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
     limit_id: _builtins.str
     """Names the limit; [a-z0-9][a-z0-9._-]{0,127}."""
     name: _builtins.str
@@ -816,7 +865,7 @@ class Limit(_message.Message):
     burst: _builtins.int
     """How much may be taken at once by ALGORITHM_TOKEN_BUCKET. Zero: amount."""
     time_zone: _builtins.str
-    """IANA time zone of ALGORITHM_FIXED_WINDOW. Empty: UTC."""
+    """IANA time zone of calendar_period. Empty: UTC."""
     failure_mode: Global___FailureMode.ValueType
     """What is answered while the store is away."""
     shadow: _builtins.bool
@@ -827,9 +876,17 @@ class Limit(_message.Message):
     """The tenant whose own limit this is; replaces the general limit of the same id for that tenant. Empty: general."""
     source: Global___LimitSource.ValueType
     """Where it came from; set by the service."""
+    calendar_period: Global___CalendarPeriod.ValueType
+    """The period of ALGORITHM_FIXED_WINDOW, in place of period. With a time_zone, a period of an hour, a day or a
+    week means that of the calendar.
+    """
+    plan: _builtins.str
+    """The plan whose tenants it is for; replaces the general limit of the same id for them. Empty: all."""
+    group: _builtins.str
+    """Of the limits of one group that match a request, only the most specific applies. Empty: it stands alone."""
     @_builtins.property
     def match(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """The request's facts must equal these; "*" asks only that the fact is there."""
+        """The request's facts must equal these, or begin as those that end in "*"; "*" asks only that the fact is there."""
 
     @_builtins.property
     def per(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -861,10 +918,13 @@ class Limit(_message.Message):
         tenant: _builtins.str = ...,
         source: Global___LimitSource.ValueType = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
+        calendar_period: Global___CalendarPeriod.ValueType = ...,
+        plan: _builtins.str = ...,
+        group: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["period", b"period", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["algorithm", b"algorithm", "amount", b"amount", "burst", b"burst", "failure_mode", b"failure_mode", "limit_id", b"limit_id", "match", b"match", "name", b"name", "per", b"per", "period", b"period", "shadow", b"shadow", "source", b"source", "strict", b"strict", "tenant", b"tenant", "time_zone", b"time_zone", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["algorithm", b"algorithm", "amount", b"amount", "burst", b"burst", "calendar_period", b"calendar_period", "failure_mode", b"failure_mode", "group", b"group", "limit_id", b"limit_id", "match", b"match", "name", b"name", "per", b"per", "period", b"period", "plan", b"plan", "shadow", b"shadow", "source", b"source", "strict", b"strict", "tenant", b"tenant", "time_zone", b"time_zone", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1037,16 +1097,24 @@ class DeleteLimitRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     LIMIT_ID_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    PLAN_FIELD_NUMBER: _builtins.int
     limit_id: _builtins.str
     """The limit's id."""
+    tenant: _builtins.str
+    """The tenant whose own limit it is. Empty: general."""
+    plan: _builtins.str
+    """The plan it is for. Empty: all."""
     def __init__(
         self,
         *,
         limit_id: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+        plan: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["limit_id", b"limit_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["limit_id", b"limit_id", "plan", b"plan", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1112,9 +1180,9 @@ class Usage(_message.Message):
     limit: _builtins.int
     """The size of the limit."""
     denied: _builtins.int
-    """Requests denied since the service started."""
+    """Requests denied since the answering replica started."""
     peak: _builtins.int
-    """The largest used value seen since the service started."""
+    """The largest used value seen since the answering replica started."""
     @_builtins.property
     def counted_by(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """The facts this count is kept for, by name."""

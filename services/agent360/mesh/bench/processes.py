@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Final
 
 import grpc
@@ -14,6 +16,9 @@ from agent360.client.channel import open_channel
 
 POLICIES_ON: Final = ("--set=quota.enabled=true", "--set=tracing.endpoint=http://127.0.0.1:4317")
 """Arguments that turn on those of the mesh's policies that are off by default."""
+
+PROCESSES: Final = Path("/proc")
+"""Where Linux tells about processes."""
 
 _START_S: Final = 20.0
 
@@ -59,6 +64,13 @@ async def redis_server(program: str, port: int, directory: str) -> AsyncIterator
     finally:
         process.terminate()
         await process.wait()
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process so far, in user and system mode, all threads; see proc(5)."""
+    stat = (PROCESSES / str(pid) / "stat").read_text()
+    after_name = stat.rpartition(")")[2].split()  # from field 3 on: a name may have spaces
+    return sum(map(int, after_name[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
 async def _answers(port: int) -> bool:

@@ -55,6 +55,23 @@ def cache(
 
 
 @bench.command()
+def ratelimit(
+    rounds: Rounds = 5,
+    seconds: Seconds = 1.0,
+    json_file: JsonFile = None,
+) -> None:
+    """The limiter: leased, awaited and many checks, checks decided in Redis, and Gubernator."""
+    from agent360.mesh.bench.ratelimit import flatten, measure, print_ratelimit_figures
+    from agent360.mesh.bench.report import write_json
+
+    figures = asyncio.run(measure(rounds, seconds, _report))
+    flat = flatten(figures)
+    print_ratelimit_figures(figures, flat, Console())
+    if json_file is not None:
+        write_json(flat, json_file)
+
+
+@bench.command()
 def compare(old: Path, new: Path) -> None:
     """Print the ratios between two result files."""
     from agent360.mesh.bench.report import print_comparison

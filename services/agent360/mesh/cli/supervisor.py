@@ -58,6 +58,11 @@ class Supervisor:
         }
         """gRPC addresses by service."""
 
+    @property
+    def pids(self) -> dict[str, int]:
+        """Process ids by service, of those that were started."""
+        return {name: process.pid for name, process in self._processes.items()}
+
     async def __aenter__(self) -> Self:
         try:
             await self._start()

@@ -1,21 +1,23 @@
-"""Limits as data: what they match, what they count by, and the TOML file they come from."""
+"""Limits as data: what they match, what they count by, and which of them apply to a request."""
 
 from __future__ import annotations
 
 import re
-import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from enum import Enum
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from agent360.mesh.ratelimit.counters import Counter, FixedWindow, SlidingWindow, TokenBucket
+from agent360.mesh.ratelimit.windows import Calendar, CalendarWindows, PlainWindows, Windows
 
-_ID: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
-_PERIOD: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)")
-_UNITS_S: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3_600.0, "d": 86_400.0}
-_TENANT: Final = "tenant"
+ID_PATTERN: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
+TENANT: Final = "tenant"
+PLAN: Final = "plan"
+DEFAULT_PLAN: Final = "default"
+
+_OWN_METHODS: Final = "agent360."
 
 
 class Algorithm(Enum):
@@ -24,10 +26,27 @@ class Algorithm(Enum):
     TOKEN_BUCKET = "token_bucket"  # noqa: S105 - not a password
     SLIDING_WINDOW = "sliding_window"
     FIXED_WINDOW = "fixed_window"
+    CONCURRENCY = "concurrency"
+
+
+class FailureMode(Enum):
+    """What a limit answers while its store is away."""
+
+    OPEN = "open"
+    """Allow, within the same limit counted by each replica alone."""
+    CLOSED = "closed"
+    """Deny."""
+
+
+class Source(Enum):
+    """Where a limit came from."""
+
+    FILE = "file"
+    API = "api"
 
 
 class LimitsError(ValueError):
-    """A limits file is wrong; the message names the entry, the field and the fix."""
+    """Limits are wrong; the message names the entry, the field and the fix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,25 +56,39 @@ class Limit:
     limit_id: str
     """Names it."""
     amount: int
-    """Hits in a period."""
-    period_s: float
-    """The period."""
+    """Hits in a period, or slots held at a time."""
+    period_s: float = 0.0
+    """The period; of no use to concurrency slots and calendar windows."""
     name: str = ""
     """What it matches: an exact name, a prefix that ends in ``*``, or, empty, anything."""
     match: Mapping[str, str] = field(default_factory=dict)
-    """Facts a request must have; ``*`` stands for any value."""
-    per: tuple[str, ...] = (_TENANT,)
+    """Facts a request must have: a value, a prefix that ends in ``*``, or ``*``: any value."""
+    per: tuple[str, ...] = (TENANT,)
     """Counted apart for each value of these facts."""
     algorithm: Algorithm = Algorithm.TOKEN_BUCKET
     """How it counts."""
     burst: int = 0
     """Hits at once, of a token bucket; 0: amount."""
+    calendar: Calendar | None = None
+    """The calendar's period of a fixed window; None: multiples of ``period_s``."""
+    time_zone: str = ""
+    """IANA time zone of calendar windows; empty: UTC."""
+    failure_mode: FailureMode = FailureMode.OPEN
+    """What is answered while the store is away."""
     shadow: bool = False
     """Decide and count, but do not deny."""
     strict: bool = False
     """No leases."""
     tenant: str = ""
     """The tenant whose own limit it is; empty: general."""
+    plan: str = ""
+    """The plan whose tenants it is for; empty: all."""
+    group: str = ""
+    """Of the limits of one group that match, only the most specific applies; empty: alone."""
+    source: Source = Source.FILE
+    """Where it came from."""
+    updated: datetime | None = None
+    """When it was last changed, aware; None: not known."""
 
     @property
     def size(self) -> int:
@@ -63,122 +96,144 @@ class Limit:
         token_bucket = self.algorithm is Algorithm.TOKEN_BUCKET
         return (self.burst or self.amount) if token_bucket else self.amount
 
+    @property
+    def period_us(self) -> int:
+        """The period in whole microseconds."""
+        return max(1, round(self.period_s * 1e6))
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What tells it apart: a tenant, a plan and everybody may have one of the same id."""
+        return self.limit_id, self.tenant, self.plan
+
+    @property
+    def kind(self) -> str:
+        """What its counts cannot survive a change of."""
+        per = ",".join(self.per)
+        if self.algorithm is Algorithm.CONCURRENCY:
+            return f"c/{per}"
+        if self.calendar is not None:
+            return f"{self.calendar.name.lower()}@{self.time_zone}/{per}"
+        return f"{self.algorithm.value[0]}{self.period_us}/{per}"
+
+    @property
+    def tenants_apart(self) -> bool:
+        """Whether each of its counts is of one tenant."""
+        return bool(self.tenant) or TENANT in self.per
+
+    @property
+    def specificity(self) -> tuple[bool, bool, int, int, int]:
+        """Orders the limits of a group: own, plan's, name, exact facts, other facts."""
+        exact = sum(not value.endswith("*") for value in self.match.values())
+        name = 0 if not self.name else len(self.name) + (not self.name.endswith("*")) * 1_000
+        return bool(self.tenant), bool(self.plan), name, exact, len(self.match)
+
+    @property
+    def names_own_methods(self) -> bool:
+        """Whether it was made for the RPCs of the ratelimit service itself."""
+        return self.name.startswith(_OWN_METHODS)
+
     def applies(self, name: str, facts: Mapping[str, str]) -> bool:
         """Whether it limits a request."""
-        if self.name.endswith("*"):
-            if not name.startswith(self.name[:-1]):
-                return False
-        elif self.name and self.name != name:
+        if not _fits(self.name, name):
             return False
         return all(
-            key in facts if value == "*" else facts.get(key) == value
+            key in facts and _fits(value, facts[key], empty=False)
             for key, value in self.match.items()
         )
 
+    def windows(self) -> Windows:
+        """The windows of a fixed window."""
+        if self.calendar is not None:
+            return CalendarWindows(self.calendar, self.time_zone)
+        return PlainWindows(self.period_us)
+
     def counter(self) -> Counter:
-        """A new count of it."""
+        """A new count of it.
+
+        Raises:
+            ValueError: it limits concurrency.
+        """
         match self.algorithm:
             case Algorithm.TOKEN_BUCKET:
-                return TokenBucket(self.amount, self.period_s, self.size)
+                return TokenBucket(self.amount, self.period_us, self.size)
             case Algorithm.SLIDING_WINDOW:
-                return SlidingWindow(self.amount, self.period_s)
+                return SlidingWindow(self.amount, self.period_us)
             case Algorithm.FIXED_WINDOW:
-                return FixedWindow(self.amount, self.period_s)
+                return FixedWindow(self.amount, self.windows())
+        raise ValueError("slots are held, not counted")
+
+
+def _fits(pattern: str, value: str, *, empty: bool = True) -> bool:
+    if pattern.endswith("*"):
+        return value.startswith(pattern[:-1])
+    return pattern == value or (empty and not pattern)
 
 
 class LimitSet:
-    """All limits; a tenant's own limit replaces the general one of the same id."""
+    """All limits, and the plans of tenants.
 
-    def __init__(self, limits: Iterable[Limit]) -> None:
-        self._general: dict[str, Limit] = {}
-        self._own: dict[str, dict[str, Limit]] = {}
+    Of the limits of one id a tenant is subject to one: its own, else its plan's, else the general.
+    """
+
+    def __init__(self, limits: Iterable[Limit], plans: Mapping[str, str] | None = None) -> None:
+        """Makes a set.
+
+        Args:
+            limits: any number.
+            plans: of tenants; the others are on the plan ``default``.
+
+        Raises:
+            LimitsError: two have the same key.
+        """
+        self._by_key: dict[tuple[str, str, str], Limit] = {}
         for limit in limits:
-            table = self._own.setdefault(limit.tenant, {}) if limit.tenant else self._general
-            if limit.limit_id in table:
+            if limit.key in self._by_key:
                 raise LimitsError(f"limit {limit.limit_id!r}: stands twice")
-            table[limit.limit_id] = limit
+            self._by_key[limit.key] = limit
+        self.plans: Mapping[str, str] = dict(plans or {})
+        self._of: dict[str, dict[str, Limit]] = {}
+
+    def __iter__(self) -> Iterator[Limit]:
+        return iter(self._by_key.values())
+
+    def find(self, limit_id: str, tenant: str = "", plan: str = "") -> Limit | None:
+        """The limit of a key."""
+        return self._by_key.get((limit_id, tenant, plan))
+
+    def plan_of(self, tenant: str) -> str:
+        """The plan a tenant is on."""
+        return self.plans.get(tenant, DEFAULT_PLAN)
 
     def of(self, tenant: str) -> dict[str, Limit]:
         """The limits a tenant is subject to, by id."""
-        return {**self._general, **self._own.get(tenant, {})}
+        known = self._of.get(tenant)
+        if known is None:
+            plan = self.plan_of(tenant)
+            known = {}
+            for limit in sorted(self, key=lambda each: (bool(each.tenant), bool(each.plan))):
+                if limit.tenant in ("", tenant) and limit.plan in ("", plan):
+                    known[limit.limit_id] = limit
+            if len(self._of) >= _MAX_TENANTS:
+                self._of.clear()
+            self._of[tenant] = known
+        return known
+
+    def matching(self, tenant: str, name: str, facts: Mapping[str, str]) -> list[Limit]:
+        """The limits that a request is subject to; ``facts`` include tenant and plan."""
+        found: list[Limit] = []
+        grouped: dict[str, int] = {}
+        for limit in self.of(tenant).values():
+            if not limit.applies(name, facts):
+                continue
+            place = grouped.get(limit.group) if limit.group else None
+            if place is None:
+                if limit.group:
+                    grouped[limit.group] = len(found)
+                found.append(limit)
+            elif limit.specificity > found[place].specificity:
+                found[place] = limit
+        return found
 
 
-def read_limits(file: Path) -> LimitSet:
-    """Reads a limits file: ``[[limits]]`` tables with the fields of ``Limit``.
-
-    Raises:
-        LimitsError: it cannot be read, or an entry is wrong; all faults of the first wrong entry.
-    """
-    try:
-        content = tomllib.loads(file.read_text())
-    except OSError as error:
-        raise LimitsError(f"{file}: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise LimitsError(f"{file}: {error}") from error
-    unknown = sorted(set(content) - {"limits"})
-    if unknown:
-        raise LimitsError(f"{file}: {unknown[0]!r} is not known; expected [[limits]]")
-    limits = []
-    for number, entry in enumerate(content.get("limits", []), 1):
-        where = f"{file}: limit {number} ({entry.get('id', 'without id')})"
-        limits.append(_read_limit(entry, where))
-    return LimitSet(limits)
-
-
-_FIELDS: Final = {
-    "id": str,
-    "name": str,
-    "match": dict,
-    "per": list,
-    "algorithm": str,
-    "amount": int,
-    "period": (str, int, float),
-    "burst": int,
-    "shadow": bool,
-    "strict": bool,
-    "tenant": str,
-}
-
-
-def _read_limit(entry: Mapping[str, Any], where: str) -> Limit:
-    for key, value in entry.items():
-        expected: Any = _FIELDS.get(key)
-        if expected is None:
-            raise LimitsError(f"{where}: {key!r} is not known; known: {', '.join(_FIELDS)}")
-        if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
-            raise LimitsError(f"{where}: {key} has a value of the wrong type: {value!r}")
-    limit_id = entry.get("id", "")
-    if _ID.fullmatch(limit_id) is None:
-        raise LimitsError(f"{where}: id must match {_ID.pattern}")
-    amount, burst = entry.get("amount", 0), entry.get("burst", 0)
-    if amount <= 0:
-        raise LimitsError(f"{where}: amount must be a positive whole number")
-    if burst < 0:
-        raise LimitsError(f"{where}: burst must not be negative")
-    try:
-        algorithm = Algorithm(entry.get("algorithm", Algorithm.TOKEN_BUCKET.value))
-    except ValueError:
-        known = ", ".join(each.value for each in Algorithm)
-        raise LimitsError(f"{where}: algorithm must be one of {known}") from None
-    return Limit(
-        limit_id=limit_id,
-        amount=amount,
-        period_s=_read_period(entry.get("period"), where),
-        name=entry.get("name", ""),
-        match={str(key): str(value) for key, value in entry.get("match", {}).items()},
-        per=tuple(map(str, entry.get("per", (_TENANT,)))),
-        algorithm=algorithm,
-        burst=burst,
-        shadow=entry.get("shadow", False),
-        strict=entry.get("strict", False),
-        tenant=entry.get("tenant", ""),
-    )
-
-
-def _read_period(value: object, where: str) -> float:
-    if isinstance(value, int | float) and value > 0:
-        return float(value)
-    matched = _PERIOD.fullmatch(value) if isinstance(value, str) else None
-    if matched is None or float(matched[1]) <= 0:
-        raise LimitsError(f"{where}: period must be seconds or a text such as '1m', is {value!r}")
-    return float(matched[1]) * _UNITS_S[matched[2]]
+_MAX_TENANTS: Final = 10_000

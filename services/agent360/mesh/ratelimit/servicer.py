@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-import re
-import time
-from collections.abc import Iterator, Sequence
+import asyncio
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, Final, NamedTuple
-
-import grpc
-from prometheus_client.core import CounterMetricFamily
-from prometheus_client.metrics_core import Metric
+from typing import Any, Final
 
 from agent360.client import AuditEvent
-from agent360.client.errors import MeshError
-from agent360.mesh.ratelimit.limiter import Decision, Limiter, Plan
-from agent360.mesh.ratelimit.limits import Algorithm, Limit, LimitSet, read_limits
+from agent360.client.errors import MeshError, unimplemented
+from agent360.mesh.ratelimit.assembly import assemble
+from agent360.mesh.ratelimit.domain import Ask, LocalDomain
+from agent360.mesh.ratelimit.envoy import EnvoyService
+from agent360.mesh.ratelimit.exposition import LimiterCollector
+from agent360.mesh.ratelimit.failures import limit_unknown, limits_are_admins
+from agent360.mesh.ratelimit.own_quota import OwnQuota
 from agent360.mesh.ratelimit.settings import RateLimitSettings
+from agent360.mesh.ratelimit.usage import UsageReport
+from agent360.mesh.ratelimit.wire import (
+    MAX_SLOTS,
+    limit_message,
+    read_limit,
+    read_request,
+    usage_message,
+    write_decision,
+)
 from agent360.mesh.runtime.call import Call, Emit, Item
 from agent360.mesh.runtime.pages import (
     decode_page_token,
@@ -30,27 +38,12 @@ from agent360.mesh.runtime.validation import Violations, set_duration
 from agent360.ratelimit.v1 import ratelimit_pb2 as pb
 
 _DESCRIPTOR: Final = pb.DESCRIPTOR.services_by_name["RateLimitService"]
-_FACT_NAME: Final = re.compile(r"[a-z0-9_.-]{1,64}")
-_MAX_FACTS: Final = 16
 _MAX_PLANS: Final = 100_000
 _MAX_BATCH: Final = 1_000
 
-_ALGORITHMS: Final = {
-    Algorithm.TOKEN_BUCKET: pb.ALGORITHM_TOKEN_BUCKET,
-    Algorithm.SLIDING_WINDOW: pb.ALGORITHM_SLIDING_WINDOW,
-    Algorithm.FIXED_WINDOW: pb.ALGORITHM_FIXED_WINDOW,
-}
+_MAX_TTL_S: Final = 86_400.0
 
-
-class _Resolved(NamedTuple):
-    """A check as it was read, and the counts it is charged to."""
-
-    plan: Plan
-    hits: int
-    allow_partial: bool
-
-
-_NONE_RESOLVED: Final[dict[bytes, _Resolved]] = {}
+_NONE_RESOLVED: Final[dict[bytes, Ask]] = {}
 
 
 class RateLimitServicer:
@@ -63,60 +56,68 @@ class RateLimitServicer:
     def __init__(self, settings: RateLimitSettings, context: ServiceContext) -> None:
         self._settings = settings
         self._mesh = context.mesh
-        limits = read_limits(settings.limits) if settings.limits else LimitSet(())
-        self.limiter = Limiter(
-            limits,
-            time.monotonic,
-            max_counters=settings.max_counters,
-            max_reservations=settings.max_reservations,
-        )
-        self._resolved: dict[str, dict[bytes, _Resolved]] = {}
+        self._parts = assemble(settings, context.registry, context.log, self._on_load)
+        self._domain = self._parts.domain
+        self._in_memory = isinstance(self._domain, LocalDomain)
+        self._book = self._parts.book
+        self.limiter = OwnQuota(self._domain, self._parts.limiter)
+        """Its own domain, for the quota of its callers."""
+        self._envoy = EnvoyService(self._domain, settings.envoy_tenant)
+        self._report = UsageReport(context.mesh.metrics)
+        self._resolved: dict[str, dict[bytes, Ask]] = {}
         self._plans = 0
         self._generation = 0
-        context.registry.register(_LimiterCollector(self.limiter))
+        context.registry.register(LimiterCollector(self._parts.limiter))
 
     @property
     def definitions(self) -> tuple[ServiceDefinition, ...]:
         """See ``Servicer.definitions``."""
-        return (
-            ServiceDefinition(
-                _DESCRIPTOR,
-                batch={"Check": self.check, "Reserve": self.reserve, "Settle": self.settle},
-                unary={
-                    "BatchCheck": self.batch_check,
-                    "GetLimit": self.get_limit,
-                    "ListLimits": self.list_limits,
-                },
-                planned={
-                    "Acquire": "concurrency slots",
-                    "Renew": "concurrency slots",
-                    "Release": "concurrency slots",
-                    "Lease": "leases",
-                    "ReturnLease": "leases",
-                    "SetLimit": "limits set at run time",
-                    "DeleteLimit": "limits set at run time",
-                    "GetUsage": "usage of limits",
-                    "ListUsage": "usage of limits",
-                },
-            ),
+        own = ServiceDefinition(
+            _DESCRIPTOR,
+            batch={
+                "Check": self.check,
+                "Reserve": self.reserve,
+                "Settle": self.settle,
+                "Acquire": self.acquire,
+                "Renew": self.renew,
+                "Release": self.release,
+                "Lease": self.lease,
+                "ReturnLease": self.return_lease,
+            },
+            unary={
+                "BatchCheck": self.batch_check,
+                "SetLimit": self.set_limit,
+                "GetLimit": self.get_limit,
+                "ListLimits": self.list_limits,
+                "DeleteLimit": self.delete_limit,
+                "GetUsage": self.get_usage,
+                "ListUsage": self.list_usage,
+            },
         )
+        return own, self._envoy.definition
 
     async def start(self) -> None:
         """See ``Servicer.start``."""
+        await self._parts.connect()
+        await self._book.start(self._domain.replace_limits)
+        self._report.start()
         if self._settings.limits:
-            event = AuditEvent(
-                "ratelimit.limits.load", f"files/{self._settings.limits.name}", actor="ratelimit"
-            )
-            self._mesh.audit.note(event, tenant=MESH_TENANT)
+            self._on_load("")
 
     async def close(self) -> None:
         """See ``Servicer.close``."""
+        await self._report.close()
+        await self._book.close()
+        await self._parts.disconnect()
 
     # ---------------------------------------------------------------- hot
 
     async def check(self, items: Sequence[Item], emit: Emit) -> None:
         """Decides requests."""
-        limiter = self.limiter
+        if not self._in_memory:
+            await self._check_shared(items, emit)
+            return
+        limiter = self._parts.limiter
         now = limiter.clock()
         decide, reply = limiter.decide, emit.reply
         tenant, resolved = "", self._resolved_of("")
@@ -134,46 +135,133 @@ class RateLimitServicer:
                     continue
                 resolved = self._resolved_of(tenant)
             plan, hits, allow_partial = known
-            write_decision(reply(item).decision, decide(plan, hits, allow_partial, now))
+            decision = decide(plan, hits, allow_partial, now)
+            write_decision(reply(item).decision, decision)
+            self._report.note(tenant, decision, hits)
+
+    async def _check_shared(self, items: Sequence[Item], emit: Emit) -> None:
+        asked: list[Item] = []
+        asks: list[Ask] = []
+        for item in items:
+            try:
+                asks.append(self._ask(item.call.tenant, item.request))
+            except MeshError as error:
+                emit.fail(item, error)
+                continue
+            asked.append(item)
+        for item, ask, decision in zip(asked, asks, await self._domain.decide(asks), strict=True):
+            write_decision(emit.reply(item).decision, decision)
+            self._report.note(item.call.tenant, decision, ask.hits)
 
     async def reserve(self, items: Sequence[Item], emit: Emit) -> None:
         """Sets tokens aside."""
-        for item in items:
-            request, call = item.request, item.call
-            faults = Violations()
-            facts = _read_request(request, faults)
-            faults.require("tokens", request.tokens > 0, "must be positive")
-            ttl_s = self._settings.reservation_ttl_s
-            if request.HasField("ttl"):
-                ttl_s = faults.positive_duration("ttl", request.ttl)
-            try:
-                faults.raise_if_any()
-            except MeshError as error:
-                emit.fail(item, error)
-                continue
-            plan = self.limiter.plan(call.tenant, request.name, facts)
-            decision, reservation_id = self.limiter.reserve(
-                call.tenant, plan, request.tokens, ttl_s, call.request_id
-            )
-            response = emit.reply(item)
-            write_decision(response.decision, decision)
-            response.reservation_id = reservation_id
+        await _each(items, emit, self._reserve)
+
+    async def _reserve(self, item: Item, emit: Emit) -> None:
+        request, call = item.request, item.call
+        faults = Violations()
+        facts = read_request(request, faults)
+        faults.require("tokens", request.tokens > 0, "must be positive")
+        faults.text("request_id", request.request_id, max_bytes=64, min_bytes=0)
+        ttl_s = _ttl(request, faults, self._settings.reservation_ttl_s)
+        faults.raise_if_any()
+        plan = self._domain.plan(call.tenant, request.name, facts)
+        decision, reservation_id = await self._domain.reserve(
+            call.tenant, request.name, plan, request.tokens, ttl_s, request.request_id
+        )
+        response = emit.reply(item)
+        write_decision(response.decision, decision)
+        response.reservation_id = reservation_id
+        self._report.note(call.tenant, decision, request.tokens)
 
     async def settle(self, items: Sequence[Item], emit: Emit) -> None:
         """Replaces reservations by what was used."""
-        for item in items:
-            request = item.request
-            try:
-                settled = self.limiter.settle(
-                    item.call.tenant, request.reservation_id, request.tokens
-                )
-            except MeshError as error:
-                emit.fail(item, error)
-                continue
-            response = emit.reply(item)
-            response.adjustment = settled.adjustment
-            response.repeated_settle = settled.repeated
-            response.remaining = settled.remaining
+        await _each(items, emit, self._settle)
+
+    async def _settle(self, item: Item, emit: Emit) -> None:
+        request = item.request
+        settled = await self._domain.settle(
+            item.call.tenant, request.reservation_id, request.tokens
+        )
+        response = emit.reply(item)
+        response.adjustment = settled.adjustment
+        response.repeated_settle = settled.repeated
+        response.remaining = settled.remaining
+
+    async def acquire(self, items: Sequence[Item], emit: Emit) -> None:
+        """Takes concurrency slots."""
+        await _each(items, emit, self._acquire)
+
+    async def _acquire(self, item: Item, emit: Emit) -> None:
+        request, call = item.request, item.call
+        faults = Violations()
+        facts = read_request(request, faults)
+        slots = request.slots if request.HasField("slots") else 1
+        faults.require("slots", 0 < slots <= MAX_SLOTS, f"must be from 1 to {MAX_SLOTS:,}")
+        ttl_s = _ttl(request, faults, self._settings.slot_ttl_s)
+        faults.raise_if_any()
+        plan = self._domain.plan(call.tenant, request.name, facts, slots=True)
+        decision, slot_id = await self._domain.acquire(call.tenant, plan, slots, ttl_s)
+        response = emit.reply(item)
+        write_decision(response.decision, decision)
+        if slot_id:
+            response.slot_id = slot_id
+            set_duration(response.ttl, ttl_s)
+        self._report.note(call.tenant, decision, slots)
+
+    async def renew(self, items: Sequence[Item], emit: Emit) -> None:
+        """Keeps slots for longer."""
+        await _each(items, emit, self._renew)
+
+    async def _renew(self, item: Item, emit: Emit) -> None:
+        request = item.request
+        faults = Violations()
+        wanted_s = _ttl(request, faults, 0.0) if request.HasField("ttl") else None
+        faults.raise_if_any()
+        ttl_s = await self._domain.renew(item.call.tenant, request.slot_id, wanted_s)
+        response = emit.reply(item)
+        if ttl_s is not None:
+            response.renewed = True
+            set_duration(response.ttl, ttl_s)
+
+    async def release(self, items: Sequence[Item], emit: Emit) -> None:
+        """Gives slots back."""
+        await _each(items, emit, self._release)
+
+    async def _release(self, item: Item, emit: Emit) -> None:
+        released = await self._domain.release(item.call.tenant, item.request.slot_id)
+        emit.reply(item).released = released
+
+    async def lease(self, items: Sequence[Item], emit: Emit) -> None:
+        """Hands tokens out in advance."""
+        await _each(items, emit, self._lease)
+
+    async def _lease(self, item: Item, emit: Emit) -> None:
+        request, call = item.request, item.call
+        faults = Violations()
+        facts = read_request(request, faults)
+        faults.require("tokens", request.tokens > 0, "must be positive")
+        faults.raise_if_any()
+        plan = self._domain.plan(call.tenant, request.name, facts)
+        leased = await self._domain.lease(call.tenant, plan, request.tokens)
+        response = emit.reply(item)
+        write_decision(response.decision, leased.decision)
+        response.lease_id = leased.lease_id
+        response.strict = leased.strict
+        set_duration(response.ttl, leased.ttl_s)
+        if leased.decision.granted:
+            self._report.note(call.tenant, leased.decision, leased.decision.granted)
+
+    async def return_lease(self, items: Sequence[Item], emit: Emit) -> None:
+        """Takes unspent tokens back."""
+        await _each(items, emit, self._return_lease)
+
+    async def _return_lease(self, item: Item, emit: Emit) -> None:
+        request = item.request
+        returned = await self._domain.return_lease(
+            item.call.tenant, request.lease_id, request.unspent
+        )
+        emit.reply(item).returned = returned
 
     # ---------------------------------------------------------------- the others
 
@@ -182,138 +270,183 @@ class RateLimitServicer:
         faults = Violations()
         faults.count("requests", len(request.requests), at_least=1, at_most=_MAX_BATCH)
         faults.raise_if_any()
-        read = []
         for index, each in enumerate(request.requests):
-            faults.nested(f"requests[{index}]", partial(_read_request, each))
-            read.append(each)
+            faults.nested(f"requests[{index}]", partial(read_request, each))
         faults.raise_if_any()
+        asks = [self._ask(call.tenant, each) for each in request.requests]
         response = pb.BatchCheckResponse()
-        for each in read:
-            plan, hits, allow_partial = self._resolve(call.tenant, each)
-            decision = self.limiter.decide(plan, hits, allow_partial, self.limiter.clock())
+        for ask, decision in zip(asks, await self._domain.decide(asks), strict=True):
             write_decision(response.decisions.add(), decision)
+            self._report.note(call.tenant, decision, ask.hits)
         return response
+
+    async def set_limit(self, call: Call, request: Any) -> Any:
+        """Makes or replaces a limit."""
+        if not call.principal.admin:
+            raise limits_are_admins()
+        faults = Violations()
+        faults.require("limit", request.HasField("limit"), "must be given")
+        faults.raise_if_any()
+        inner = Violations()
+        limit = read_limit(request.limit, inner)
+        faults.nested("limit", lambda nested: nested.found.extend(inner.found))
+        faults.raise_if_any()
+        before = self._book.limits.find(*limit.key)
+        limit = await self._book.put(limit)
+        self._audit("set", limit.limit_id, call, limit.tenant, str(limit.amount), before)
+        return pb.SetLimitResponse(limit=limit_message(limit))
+
+    async def delete_limit(self, call: Call, request: Any) -> Any:
+        """Removes a limit that was set."""
+        if not call.principal.admin:
+            raise limits_are_admins()
+        before = self._book.limits.find(request.limit_id, request.tenant, request.plan)
+        await self._book.remove((request.limit_id, request.tenant, request.plan))
+        self._audit("delete", request.limit_id, call, request.tenant, "", before)
+        return pb.DeleteLimitResponse()
 
     async def get_limit(self, call: Call, request: Any) -> Any:
         """Reads the limit in force for the tenant."""
-        limit = self.limiter.limits_of(call.tenant).get(request.limit_id)
+        limit = self._domain.limits.of(call.tenant).get(request.limit_id)
         if limit is None:
-            raise MeshError(
-                grpc.StatusCode.NOT_FOUND,
-                "LIMIT_UNKNOWN",
-                f"there is no limit {request.limit_id[:128]!r}",
-                metadata={"limit_id": request.limit_id[:128]},
-            )
+            raise limit_unknown(request.limit_id)
         masked = read_mask(request, pb.Limit)
-        return pb.GetLimitResponse(limit=masked(_limit_message(limit)))
+        return pb.GetLimitResponse(limit=masked(limit_message(limit)))
 
     async def list_limits(self, call: Call, request: Any) -> Any:
         """Lists the limits in force for the tenant, in the order of their ids."""
         size = page_size(request.page_size)
         after = decode_page_token(call.tenant, b"limits", request.page_token)
         masked = read_mask(request, pb.Limit)
-        limits = self.limiter.limits_of(call.tenant)
+        limits = self._domain.limits.of(call.tenant)
         ids = sorted(each for each in limits if after is None or each > after)
         response = pb.ListLimitsResponse()
         for limit_id in ids[:size]:
-            response.limits.append(masked(_limit_message(limits[limit_id])))
+            response.limits.append(masked(limit_message(limits[limit_id])))
         if len(ids) > size:
             response.next_page_token = encode_page_token(call.tenant, b"limits", ids[size - 1])
         return response
 
+    async def get_usage(self, call: Call, request: Any) -> Any:
+        """Reads the usage of one count; one that was never used is whole."""
+        limit = self._domain.limits.of(call.tenant).get(request.limit_id)
+        if limit is None:
+            raise limit_unknown(request.limit_id)
+        if not limit.tenants_apart:
+            raise unimplemented("usage of limits that count several tenants together")
+        wanted = dict(request.counted_by)
+        for usage in await self._domain.usage(call.tenant):
+            if usage.limit_id == request.limit_id and dict(usage.counted_by) == wanted:
+                return pb.GetUsageResponse(usage=usage_message(usage))
+        return pb.GetUsageResponse(
+            usage=pb.Usage(
+                limit_id=limit.limit_id, counted_by=wanted, remaining=limit.size, limit=limit.size
+            )
+        )
+
+    async def list_usage(self, call: Call, request: Any) -> Any:
+        """Lists the counts of the tenant that are in use, by limit and facts."""
+        size = page_size(request.page_size)
+        query = b"usage/" + request.limit_id.encode()
+        after = decode_page_token(call.tenant, query, request.page_token)
+        masked = read_mask(request, pb.Usage)
+        rows = sorted(
+            (
+                ([usage.limit_id, *(value for _, value in usage.counted_by)], usage)
+                for usage in await self._domain.usage(call.tenant)
+                if request.limit_id in ("", usage.limit_id)
+            ),
+            key=lambda row: row[0],
+        )
+        rows = [row for row in rows if after is None or row[0] > after]
+        response = pb.ListUsageResponse()
+        for _, usage in rows[:size]:
+            response.usages.append(masked(usage_message(usage)))
+        if len(rows) > size:
+            response.next_page_token = encode_page_token(call.tenant, query, rows[size - 1][0])
+        return response
+
     # ---------------------------------------------------------------- within
 
-    def _resolve(self, tenant: str, request: Any) -> _Resolved:
+    def _on_load(self, fault: str) -> None:
+        """The limits file was read; ``fault`` is what was wrong, if anything."""
+        if self._settings.limits is None:
+            return
+        event = AuditEvent(
+            "ratelimit.limits.load",
+            f"files/{self._settings.limits.name}",
+            actor="ratelimit",
+            outcome="failed" if fault else "succeeded",
+            attributes={"fault": fault[:256]} if fault else {},
+        )
+        self._mesh.audit.note(event, tenant=MESH_TENANT)
+
+    def _audit(
+        self, what: str, limit_id: str, call: Call, tenant: str, amount: str, before: Any
+    ) -> None:
+        event = AuditEvent(
+            f"ratelimit.limits.{what}",
+            f"limits/{limit_id}",
+            actor=call.principal.name,
+            attributes={
+                "tenant": tenant,
+                "amount": amount,
+                "before": "" if before is None else str(before.amount),
+            },
+        )
+        self._mesh.audit.note(event, tenant=tenant or MESH_TENANT)
+
+    def _ask(self, tenant: str, request: Any) -> Ask:
+        known = self._resolved_of(tenant).get(request.SerializeToString())
+        if known is None or self._generation != self._domain.generation:
+            known = self._resolve(tenant, request)
+        return known
+
+    def _resolve(self, tenant: str, request: Any) -> Ask:
         """Reads a check and finds its counts.
 
         Raises:
             InvalidRequestError: it is malformed.
         """
         faults = Violations()
-        facts = _read_request(request, faults)
+        facts = read_request(request, faults)
         faults.raise_if_any()
-        found = _Resolved(
-            self.limiter.plan(tenant, request.name, facts),
+        found = Ask(
+            self._domain.plan(tenant, request.name, facts),
             request.hits if request.HasField("hits") else 1,
             request.allow_partial,
         )
-        if self._generation != self.limiter.generation or self._plans >= _MAX_PLANS:
-            self._generation = self.limiter.generation
+        if self._generation != self._domain.generation or self._plans >= _MAX_PLANS:
+            self._generation = self._domain.generation
             self._resolved = {}
             self._plans = 0
         self._plans += 1
         self._resolved.setdefault(tenant, {})[request.SerializeToString()] = found
         return found
 
-    def _resolved_of(self, tenant: str) -> dict[bytes, _Resolved]:
+    def _resolved_of(self, tenant: str) -> dict[bytes, Ask]:
         """The checks of a tenant that were read before, by their bytes on the wire."""
         return self._resolved.get(tenant, _NONE_RESOLVED)
 
 
-class _LimiterCollector:
-    """A Prometheus collector of a limiter's counts."""
+async def _each(items: Sequence[Item], emit: Emit, handle: Any) -> None:
+    """Handles items at once; one's failure is its own."""
 
-    def __init__(self, limiter: Limiter) -> None:
-        self._limiter = limiter
+    async def one(item: Item) -> None:
+        try:
+            await handle(item, emit)
+        except MeshError as error:
+            emit.fail(item, error)
 
-    def collect(self) -> Iterator[Metric]:
-        """Metrics for Prometheus."""
-        yield CounterMetricFamily(
-            "ratelimit_allowed", "Requests that were allowed.", self._limiter.allowed
-        )
-        denied = CounterMetricFamily(
-            "ratelimit_denied", "Requests that were denied, by limit.", labels=["limit"]
-        )
-        for limit_id, count in list(self._limiter.denied.items()):
-            denied.add_metric([limit_id], count)
-        yield denied
+    if len(items) == 1:
+        await one(items[0])
+    else:
+        await asyncio.gather(*(one(item) for item in items))
 
 
-def write_decision(message: Any, decision: Decision) -> None:
-    """Fills a wire Decision in place."""
-    allowed, granted, remaining, limit, reset_after_s, retry_after_s, limit_id = decision
-    if allowed:
-        message.allowed = True
-    message.granted = granted
-    message.remaining = remaining
-    if limit_id:
-        message.limit = limit
-        message.limit_id = limit_id
-        if reset_after_s > 0:
-            reset = message.reset_after
-            whole = int(reset_after_s)
-            if whole:
-                reset.seconds = whole
-            reset.nanos = int((reset_after_s - whole) * 1e9)
-    if retry_after_s is not None:
-        set_duration(message.retry_after, retry_after_s + 1e-6)
-
-
-def _read_request(request: Any, faults: Violations) -> dict[str, str]:
-    """Checks name and descriptor, and returns the latter."""
-    faults.text("name", request.name, max_bytes=128)
-    facts = dict(request.descriptor)
-    faults.count("descriptor", len(facts), at_least=0, at_most=_MAX_FACTS)
-    for key, value in facts.items():
-        faults.matches(f"descriptor[{key[:64]}]", key, _FACT_NAME, "keys match [a-z0-9_.-]{1,64}")
-        faults.text(f"descriptor[{key[:64]}]", value, max_bytes=256, min_bytes=0)
-    faults.require("descriptor[tenant]", "tenant" not in facts, "is set by the service")
-    return facts
-
-
-def _limit_message(limit: Limit) -> Any:
-    message = pb.Limit(
-        limit_id=limit.limit_id,
-        name=limit.name,
-        match=dict(limit.match),
-        per=limit.per,
-        algorithm=_ALGORITHMS[limit.algorithm],
-        amount=limit.amount,
-        burst=limit.size if limit.algorithm is Algorithm.TOKEN_BUCKET else 0,
-        shadow=limit.shadow,
-        strict=limit.strict,
-        tenant=limit.tenant,
-        source=pb.LIMIT_SOURCE_FILE,
-    )
-    set_duration(message.period, limit.period_s)
-    return message
+def _ttl(request: Any, faults: Violations, default_s: float) -> float:
+    if not request.HasField("ttl"):
+        return default_s
+    ttl_s = faults.positive_duration("ttl", request.ttl)
+    faults.require("ttl", ttl_s <= _MAX_TTL_S, f"must be at most a day, is {ttl_s:g}s")
+    return ttl_s

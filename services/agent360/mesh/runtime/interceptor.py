@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -59,6 +59,7 @@ class PolicyInterceptor(grpc.aio.ServerInterceptor):
         long_lived: frozenset[str],
         compression: Compression | None,
         log: structlog.stdlib.BoundLogger,
+        default_tenants: Mapping[str, str] | None = None,
     ) -> None:
         self._authenticator = authenticator
         self._policies = policies
@@ -66,6 +67,7 @@ class PolicyInterceptor(grpc.aio.ServerInterceptor):
         self._long_lived = long_lived
         self._compression = compression
         self._log = log
+        self._default_tenants = default_tenants or {}
         self._wrapped: dict[str, Any] = {}
 
     async def intercept_service(
@@ -80,7 +82,7 @@ class PolicyInterceptor(grpc.aio.ServerInterceptor):
             handler = await continuation(handler_call_details)
             if handler is None:
                 return None
-            if method.startswith(_PREFIX):
+            if method.startswith(_PREFIX) or method in self._default_tenants:
                 wrapped = self._wrap(method, handler)
             elif method.startswith(_CHANNELZ):
                 wrapped = self._for_operators(method, handler)
@@ -222,7 +224,10 @@ class PolicyInterceptor(grpc.aio.ServerInterceptor):
             stranger = _call(method, {}, _STRANGER, context)
             self._policies.turned_away(Group(stranger, "", None), error.code)
             await abort(context, error)
-        return _call(method, metadata, principal, context)
+        call = _call(method, metadata, principal, context)
+        if not call.tenant and not principal.only_tenant:
+            call.tenant = self._default_tenants.get(method, "")
+        return call
 
     async def _admit(self, method: str, context: Any) -> Group:
         group = Group(await self._identify(method, context), "", None)

@@ -251,6 +251,12 @@ class Server:
                     if compressed
                     else None,
                     log=self.log,
+                    default_tenants={
+                        f"/{each.descriptor.full_name}/{method.name}": each.default_tenant
+                        for each in self._servicer.definitions
+                        if each.default_tenant
+                        for method in each.descriptor.methods
+                    },
                 )
             ],
             options=server_options(settings.max_message_bytes),

@@ -49,6 +49,8 @@ class ServiceDefinition:
     """Streams other than Pipeline by name."""
     planned: Mapping[str, str] = field(default_factory=dict)
     """RPCs without a body yet, with the feature that will bring it: answered UNIMPLEMENTED."""
+    default_tenant: str = ""
+    """The tenant of calls that name none and whose principal has not just one; empty: refused."""
     long_lived: frozenset[str] = frozenset()
     """Streaming RPCs that are open until the caller leaves, such as Watch: no default deadline."""
 

@@ -28,20 +28,27 @@ class Grant(Protocol):
     @property
     def granted(self) -> int: ...
     @property
+    def remaining(self) -> int: ...
+    @property
     def retry_after_s(self) -> float | None: ...
     @property
     def limit_id(self) -> str: ...
 
 
 class LocalLimiter(Protocol):
-    """Decides in this process, without waiting: the ratelimit service asking itself."""
+    """Decides in this process: the ratelimit service asking itself."""
 
-    def check(self, tenant: str, name: str, hits: int, allow_partial: bool) -> Grant:
-        """Charges ``hits`` to the limits of ``name``."""
+    def check(
+        self, tenant: str, name: str, hits: int, allow_partial: bool
+    ) -> Grant | Awaitable[Grant]:
+        """Charges ``hits`` to the limits of ``name``; an awaitable where a store is asked."""
 
 
 class RemoteLimiter(Protocol):
     """Decides in the ratelimit service: ``agent360.client.RateLimitClient``."""
+
+    def spend(self, name: str, *, hits: int = 1, tenant: str | None = None) -> Grant | None:
+        """Decides with leased tokens that are at hand; None: ask."""
 
     async def check(
         self,
@@ -49,6 +56,7 @@ class RemoteLimiter(Protocol):
         *,
         hits: int = 1,
         allow_partial: bool = False,
+        leased: bool = False,
         tenant: str | None = None,
         timeout: float | None = None,
     ) -> Grant:
@@ -61,7 +69,7 @@ class LocalQuotaPolicy:
     def __init__(self, limiter: LocalLimiter) -> None:
         self._limiter = limiter
 
-    def before(self, group: Group) -> None:
+    def before(self, group: Group) -> Awaitable[None] | None:
         """Charges the group, once for all of its items.
 
         Raises:
@@ -69,9 +77,15 @@ class LocalQuotaPolicy:
         """
         call = group.call
         if call.principal.service:
-            return
+            return None
         grant = self._limiter.check(call.tenant, call.method[1:], len(group.items), True)
+        if isinstance(grant, Awaitable):
+            return self._apply(group, grant)
         apply_grant(group, grant)
+        return None
+
+    async def _apply(self, group: Group, grant: Awaitable[Grant]) -> None:
+        apply_grant(group, await grant)
 
     def after(self, group: Group, code: grpc.StatusCode, count: int, duration_s: float) -> None:
         """Nothing: what was admitted stays charged."""
@@ -100,7 +114,8 @@ class RemoteQuotaPolicy:
     def before(self, group: Group) -> Awaitable[None] | None:
         """Charges the group, once for all of its items.
 
-        The mesh's own calls are exempt; a method without limits is asked about every 5 s.
+        The mesh's own calls are exempt; a method without limits is asked about every 5 s, and
+        tokens of the others are leased, so that normally nothing is asked.
         """
         call = group.call
         if call.principal.service:
@@ -108,6 +123,9 @@ class RemoteQuotaPolicy:
         if self._unlimited and (
             self._unlimited.get((call.tenant, call.method), 0.0) > time.monotonic()
         ):
+            return None
+        grant = self._limiter.spend(call.method[1:], hits=len(group.items), tenant=call.tenant)
+        if grant is not None and grant.allowed:
             return None
         return self._ask(group)
 
@@ -121,13 +139,7 @@ class RemoteQuotaPolicy:
         enter_scope(group.scope()._replace(deadline=None))
         try:
             async with asyncio.timeout(self._timeout_s):
-                grant = await self._limiter.check(
-                    call.method[1:],
-                    hits=len(group.items),
-                    allow_partial=True,
-                    tenant=call.tenant,
-                    timeout=self._timeout_s,
-                )
+                grant = await self._charge(call.method[1:], len(group.items), call.tenant)
         except (MeshError, TimeoutError) as error:
             if isinstance(error, MeshError) and error.code not in _AWAY:
                 raise
@@ -147,6 +159,17 @@ class RemoteQuotaPolicy:
                 self._unlimited.clear()
             self._unlimited[call.tenant, call.method] = time.monotonic() + _UNLIMITED_S
         apply_grant(group, grant)
+
+    async def _charge(self, name: str, hits: int, tenant: str) -> Grant:
+        """Charges leased tokens or, if they do not reach for all, as many as there are."""
+        grant = await self._limiter.check(
+            name, hits=hits, leased=True, tenant=tenant, timeout=self._timeout_s
+        )
+        if grant.allowed or hits == 1 or not grant.remaining:
+            return grant
+        return await self._limiter.check(
+            name, hits=hits, allow_partial=True, tenant=tenant, timeout=self._timeout_s
+        )
 
     def _note_away(self, error: Exception, calls: int) -> None:
         self.unasked += calls

@@ -1,0 +1,171 @@
+"""Answers Envoy's questions with the service's own limits."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+import grpc
+
+from agent360.client.errors import MeshError
+from agent360.mesh.ratelimit.decisions import Decision
+from agent360.mesh.ratelimit.domain import Ask, Domain
+from agent360.mesh.ratelimit.envoy.contract import (
+    OK,
+    OVER_LIMIT,
+    SERVICE,
+    UNITS,
+    RateLimitResponse,
+)
+from agent360.mesh.ratelimit.limits import TENANT, Limit
+from agent360.mesh.ratelimit.wire import check_facts
+from agent360.mesh.runtime.call import Call
+from agent360.mesh.runtime.service import ServiceDefinition
+from agent360.mesh.runtime.validation import (
+    TENANT_PATTERN,
+    TENANT_RULE,
+    Violations,
+    set_duration,
+)
+
+_NOT_IN_NAMES: Final = re.compile(r"[^a-z0-9_.-]")
+_MOST: Final = 2**32 - 1
+_UNIT_OF: Final = {
+    1.0: "SECOND",
+    60.0: "MINUTE",
+    3_600.0: "HOUR",
+    86_400.0: "DAY",
+    604_800.0: "WEEK",
+}
+
+
+class _Question(NamedTuple):
+    tenant: str
+    facts: dict[str, str]
+    hits: int
+
+
+class EnvoyService:
+    """Serves envoy.service.ratelimit.v3.RateLimitService.
+
+    A domain is what limits call a name; the entries of a descriptor are its facts, and an entry
+    ``tenant`` says whose request it is. All descriptors of a request are charged, or none.
+    """
+
+    def __init__(self, domain: Domain, default_tenant: str) -> None:
+        """Makes the service.
+
+        Args:
+            domain: decides.
+            default_tenant: the tenant of requests that name none.
+        """
+        self._domain = domain
+        self._default_tenant = default_tenant
+
+    @property
+    def definition(self) -> ServiceDefinition:
+        """What the runtime serves."""
+        return ServiceDefinition(
+            SERVICE,
+            unary={"ShouldRateLimit": self.should_rate_limit},
+            default_tenant=self._default_tenant,
+        )
+
+    async def should_rate_limit(self, call: Call, request: Any) -> Any:
+        """Decides one request of Envoy."""
+        questions = _read(call, request)
+        domain, name = self._domain, request.domain
+        plans = [domain.plan(each.tenant, name, each.facts) for each in questions]
+        decisions: Sequence[Decision]
+        if len(questions) == 1:
+            decisions = await domain.decide([Ask(plans[0], questions[0].hits, False)])
+            over = [not decisions[0].allowed]
+        elif len({each.hits for each in questions}) == 1:
+            decisions, over = await self._decide_together(plans, questions[0].hits)
+        else:
+            decisions = await domain.decide(
+                [Ask(plan, each.hits, False) for plan, each in zip(plans, questions, strict=True)]
+            )
+            over = [not decision.allowed for decision in decisions]
+        response = RateLimitResponse(overall_code=OVER_LIMIT if any(over) else OK)
+        for question, decision, denied in zip(questions, decisions, over, strict=True):
+            limit = domain.limits.of(question.tenant).get(decision.limit_id)
+            _write_status(response.statuses.add(), decision, limit, denied)
+        _write_headers(response, decisions, over)
+        return response
+
+    async def _decide_together(
+        self, plans: Sequence[Any], hits: int
+    ) -> tuple[Sequence[Decision], list[bool]]:
+        """Charges all descriptors or none; then looks at each."""
+        (joint,) = await self._domain.decide([Ask(self._domain.join(plans), hits, False)])
+        looks = await self._domain.decide([Ask(plan, 0, False) for plan in plans])
+        if joint.allowed:
+            return looks, [False] * len(plans)
+        over = [bool(look.limit_id) and look.remaining < max(1, hits) for look in looks]
+        if not any(over):  # it came back meanwhile, or the store is away
+            over[0] = True
+        return [
+            look._replace(retry_after_s=joint.retry_after_s) if denied else look
+            for look, denied in zip(looks, over, strict=True)
+        ], over
+
+
+def _read(call: Call, request: Any) -> list[_Question]:
+    faults = Violations()
+    faults.text("domain", request.domain, max_bytes=128)
+    faults.count("descriptors", len(request.descriptors), at_least=1, at_most=100)
+    found = []
+    for index, descriptor in enumerate(request.descriptors):
+        facts = {
+            _NOT_IN_NAMES.sub("_", entry.key.lower()): entry.value for entry in descriptor.entries
+        }
+        tenant = facts.pop(TENANT, call.tenant)
+        field = f"descriptors[{index}]"
+        faults.matches(f"{field}.entries[tenant]", tenant, TENANT_PATTERN, TENANT_RULE)
+        check_facts(f"{field}.entries", facts, faults)
+        hits = request.hits_addend or 1
+        if descriptor.HasField("hits_addend"):
+            hits = min(descriptor.hits_addend.value, _MOST)
+        found.append(_Question(tenant, facts, hits))
+    faults.raise_if_any()
+    for question in found:
+        if not call.principal.may_speak_for(question.tenant):
+            raise MeshError(
+                grpc.StatusCode.PERMISSION_DENIED,
+                "TENANT_NOT_ALLOWED",
+                f"key {call.principal.name!r} may not speak for tenant {question.tenant!r}",
+                metadata={"tenant": question.tenant},
+            )
+    return found
+
+
+def _write_status(status: Any, decision: Decision, limit: Limit | None, denied: bool) -> None:
+    status.code = OVER_LIMIT if denied else OK
+    if limit is None:
+        return
+    status.limit_remaining = 0 if denied else min(decision.remaining, _MOST)
+    unit = limit.calendar.name if limit.calendar else _UNIT_OF.get(limit.period_s, "UNKNOWN")
+    status.current_limit.requests_per_unit = min(limit.amount, _MOST)
+    status.current_limit.unit = UNITS[unit]
+    status.current_limit.name = limit.limit_id
+    wait_s = decision.retry_after_s if denied else None
+    set_duration(status.duration_until_reset, decision.reset_after_s if wait_s is None else wait_s)
+
+
+def _write_headers(response: Any, decisions: Sequence[Decision], over: Sequence[bool]) -> None:
+    limited = [row for row in zip(over, decisions, strict=True) if row[1].limit_id]
+    if not limited:
+        return
+    denied, tightest = min(limited, key=lambda row: (not row[0], row[1].remaining))
+    headers = {
+        "ratelimit-limit": str(tightest.limit),
+        "ratelimit-remaining": "0" if denied else str(tightest.remaining),
+        "ratelimit-reset": str(math.ceil(tightest.reset_after_s)),
+    }
+    if denied and tightest.retry_after_s is not None:
+        headers["retry-after"] = str(math.ceil(tightest.retry_after_s))
+    for key, value in headers.items():
+        response.response_headers_to_add.add(key=key, value=value)

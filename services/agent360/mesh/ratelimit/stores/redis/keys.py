@@ -1,0 +1,80 @@
+"""Names of keys: where counts and records are, and which of them share a slot of a cluster."""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+from urllib.parse import quote, unquote
+
+from agent360.mesh.ratelimit.counts import CountKey
+from agent360.mesh.ratelimit.limits import Algorithm, Limit
+from agent360.mesh.ratelimit.windows import CalendarWindows
+
+_SAFE: Final = "@/+~ "
+_LETTERS: Final = {
+    Algorithm.TOKEN_BUCKET: "t",
+    Algorithm.SLIDING_WINDOW: "s",
+    Algorithm.FIXED_WINDOW: "f",
+    Algorithm.CONCURRENCY: "c",
+}
+
+
+class Count(NamedTuple):
+    """One count of one limit."""
+
+    limit: Limit
+    """What it counts for."""
+    key: str
+    """Where it is."""
+    tag: str
+    """The hash tag in its key: counts of one tag are in one slot."""
+
+
+class Keys:
+    """Makes names.
+
+    Counts of one tenant share its hash tag. A limit that counts several tenants together has a tag
+    of its own, which no tenant's name can be.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+
+    def count(self, limit: Limit, key: CountKey, tenant: str) -> Count:
+        """Where a count is."""
+        tag = tenant if limit.tenants_apart else f"~{limit.limit_id}"
+        name = "|".join(quote(part, safe=_SAFE) for part in key)
+        return Count(limit, f"{self._prefix}:{{{tag}}}:n:{name}", tag)
+
+    def counted(self, key: str) -> CountKey:
+        """The count key in a name."""
+        name = key.partition("}:n:")[2]
+        return tuple(unquote(part) for part in name.split("|"))
+
+    def index(self, tag: str) -> str:
+        """Where the counts of a tag are listed."""
+        return f"{self._prefix}:{{{tag}}}:i"
+
+    def record(self, tag: str, tenant: str, record_id: str) -> str:
+        """Where a reservation, lease or slots are remembered."""
+        return f"{self._prefix}:{{{tag}}}:r:{tenant}:{quote(record_id[:512], safe='~')}"
+
+    def request(self, tag: str, tenant: str, request_id: str, name: str) -> str:
+        """Where it is remembered what a request has made."""
+        made_by = ":".join(quote(each, safe="") for each in (tenant, name, request_id))
+        return f"{self._prefix}:{{{tag}}}:q:{made_by}"
+
+
+def spec_of(limit: Limit, now_us: int) -> tuple[str | int, ...]:
+    """What the script is told of a limit; see prelude.lua."""
+    shadow = int(limit.shadow)
+    if limit.algorithm is Algorithm.CONCURRENCY:
+        return "c", shadow, limit.amount
+    spec = (_LETTERS[limit.algorithm], shadow, limit.amount, limit.period_us, limit.size)
+    if limit.calendar is None:
+        return spec
+    windows = CalendarWindows(limit.calendar, limit.time_zone)
+    present = windows.at(now_us)
+    boundaries = [windows.at(present.start - 1).start, *present]
+    for _ in range(3):
+        boundaries.append(windows.at(boundaries[-1]).end)
+    return (*spec, *boundaries)

@@ -1,0 +1,169 @@
+"""Each algorithm in Python and its twin in Lua go through the same histories and agree."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+import structlog
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from support.redis_servers import RedisServer
+
+from agent360.client.errors import MeshError
+from agent360.mesh.ratelimit.domain import Ask, LocalDomain
+from agent360.mesh.ratelimit.limiter import Limiter
+from agent360.mesh.ratelimit.limits import Algorithm, Limit, LimitSet
+from agent360.mesh.ratelimit.shared_domain import SharedDomain
+from agent360.mesh.ratelimit.stores.redis import RedisStore
+from agent360.mesh.ratelimit.stores.redis import store as store_module
+from agent360.mesh.ratelimit.stores.redis.scripts import script_source
+from agent360.mesh.ratelimit.windows import Calendar
+from agent360.mesh.runtime.redis import Redis, RedisSettings
+
+LIMITS = [
+    Limit("bucket", 5, 2.0, burst=7, name="a*"),
+    Limit("sliding", 9, 3.0, name="*", algorithm=Algorithm.SLIDING_WINDOW),
+    Limit("fixed", 8, 2.5, name="b*", per=("tenant", "user"), algorithm=Algorithm.FIXED_WINDOW),
+    Limit("shadow", 2, 4.0, name="a*", shadow=True),
+    Limit("hourly", 60, name="ab", algorithm=Algorithm.FIXED_WINDOW, period_s=3600.0,
+          calendar=Calendar.HOUR, time_zone="Asia/Kolkata"),
+    Limit("slots", 4, name="*", algorithm=Algorithm.CONCURRENCY),
+    Limit("user-slots", 2, name="b*", per=("tenant", "user"), algorithm=Algorithm.CONCURRENCY),
+]  # fmt: skip
+
+CLOCKED = script_source().replace(
+    "local t = redis.call('TIME')\nlocal now = t[1] * 1000000 + t[2]",
+    "local now = tonumber(redis.call('GET', 'test-clock'))",
+)
+"""The script with a clock that the test moves."""
+
+names = st.sampled_from(["aa", "ab", "ba", "c"])
+users = st.sampled_from(["u1", "u2"])
+hits = st.integers(0, 6)
+operations = st.one_of(
+    st.tuples(st.just("check"), names, users, hits, st.booleans()),
+    st.tuples(st.just("reserve"), names, users, st.integers(1, 6), st.sampled_from(["", "r1"])),
+    st.tuples(st.just("settle"), st.integers(0, 5), st.integers(0, 9)),
+    st.tuples(st.just("lease"), names, users, st.integers(1, 9)),
+    st.tuples(st.just("return"), st.integers(0, 5), st.integers(0, 9)),
+    st.tuples(st.just("acquire"), names, users, st.integers(1, 3), st.integers(1, 4_000)),
+    st.tuples(st.just("renew"), st.integers(0, 5), st.integers(1, 4_000)),
+    st.tuples(st.just("release"), st.integers(0, 5)),
+)
+pauses = st.one_of(st.just(0), st.integers(0, 4_000_000), st.integers(-30_000_000, -1))
+histories = st.lists(st.tuples(pauses, operations), min_size=1, max_size=40)
+
+
+class Player:
+    """Plays a history on one domain; ids are told by their order."""
+
+    def __init__(self, domain: Any) -> None:
+        self._domain = domain
+        self._ids: dict[str, list[str]] = {"reserve": [], "lease": [], "acquire": []}
+
+    async def play(self, operation: tuple[Any, ...]) -> Any:
+        kind, *rest = operation
+        if kind in ("check", "reserve", "lease", "acquire"):
+            return await self._ask(kind, *rest)
+        ids = self._ids[{"settle": "reserve", "return": "lease"}.get(kind, "acquire")]
+        if rest[0] >= len(ids) or not ids[-1 - rest[0]]:
+            return None
+        record_id = ids[-1 - rest[0]]
+        try:
+            match kind:
+                case "settle":
+                    return await self._domain.settle("acme", record_id, rest[1])
+                case "return":
+                    return await self._domain.return_lease("acme", record_id, rest[1])
+                case "renew":
+                    return await self._domain.renew("acme", record_id, rest[1] / 1e3)
+                case _:
+                    return await self._domain.release("acme", record_id)
+        except MeshError as error:
+            return error.reason
+
+    async def _ask(self, kind: str, name: str, user: str, hits: int, *rest: Any) -> Any:
+        domain, facts = self._domain, {"user": user}
+        plan = domain.plan("acme", name, facts, slots=kind == "acquire")
+        match kind:
+            case "check":
+                ask = Ask(plan, hits, rest[0])
+                # Of a run the times until the limit is whole are those after it.
+                return [each._replace(reset_after_s=0) for each in await domain.decide([ask] * 3)]
+            case "reserve":
+                decision, record_id = await domain.reserve("acme", name, plan, hits, 9.0, rest[0])
+            case "lease":
+                leased = await domain.lease("acme", plan, hits)
+                self._ids[kind].append(leased.lease_id)
+                return leased.decision, leased.ttl_s
+            case _:
+                decision, record_id = await domain.acquire("acme", plan, hits, rest[0] / 1e3)
+        self._ids[kind].append(record_id)
+        return decision
+
+
+def test_memory_and_redis_agree_on_every_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One loop and one server for all examples; the clock is the test's own."""
+    with asyncio.Runner() as runner:
+        stack = _Started(monkeypatch)
+        runner.run(stack.start())
+        try:
+
+            @example(
+                [
+                    (0, ("reserve", "aa", "u1", 3, "")),
+                    (0, ("reserve", "aa", "u1", 3, "")),
+                    (0, ("settle", 1, 0)),
+                    (1_200_000, ("check", "aa", "u1", 3, False)),
+                    (0, ("settle", 0, 0)),
+                    (0, ("check", "aa", "u1", 6, True)),
+                ]
+            )
+            @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+            @given(histories)
+            def agree(history: list[tuple[int, tuple[Any, ...]]]) -> None:
+                runner.run(stack.compare(history))
+
+            agree()
+        finally:
+            runner.run(stack.close())
+
+
+class _Started:
+    """A Redis with the clocked script."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._patch = monkeypatch
+        self.now = 0
+
+    async def start(self) -> None:
+        self._patch.setattr(store_module, "script_source", lambda: CLOCKED)
+        self.server = RedisServer()
+        await self.server.__aenter__()
+        self.redis = Redis(self.server.url, RedisSettings(timeout_s=5), structlog.get_logger())
+        self._patch.setattr(self.redis, "now_us", lambda: self.now)
+        self.store = RedisStore(
+            self.redis, structlog.get_logger(), prefix="p", answer_s=5.0, lease_ttl_s=1.0,
+            records_kept_s=3_600.0,
+        )  # fmt: skip
+        await self.store.start()
+
+    async def close(self) -> None:
+        await self.store.close()
+        await self.server.__aexit__(None, None, None)
+
+    async def compare(self, history: list[tuple[int, tuple[Any, ...]]]) -> None:
+        await self.server.command("FLUSHDB")
+        self.now = 1_790_000_000_000_000
+        limits = LimitSet(LIMITS)
+        here = Limiter(limits, lambda: self.now)
+        memory = Player(LocalDomain(here))
+        shared = Player(SharedDomain(self.store, Limiter(limits, lambda: self.now)))
+        for pause, operation in history:
+            if pause < 0 and operation[0] in ("acquire", "renew", "release"):
+                continue
+            self.now += pause
+            await self.server.command("SET", "test-clock", self.now)
+            assert await memory.play(operation) == await shared.play(operation), operation
