@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import Any, Final, NamedTuple, TypeVar
 
 import structlog
 
@@ -27,6 +27,7 @@ _COUNT_KEY_SIZE: Final = 4
 """Parts of a count's key before the values of facts."""
 
 Counts = tuple[Count, ...]
+T = TypeVar("T")
 
 
 class _Part(NamedTuple):
@@ -102,6 +103,9 @@ class RedisStore:
 
     async def decide(self, runs: Sequence[Run]) -> list[tuple[Decided, Sequence[str]] | Away]:
         """See ``SharedStore.decide``."""
+        return await self._wholly(self._decide(runs))
+
+    async def _decide(self, runs: Sequence[Run]) -> list[tuple[Decided, Sequence[str]] | Away]:
         batches = _Batches(self._spec)
         asked = [
             [(part, *batches.add_decide(part, *run)) for part in self._parts(run.ask.plan)]
@@ -156,6 +160,11 @@ class RedisStore:
         self, tenant: str, name: str, counts: Counts, tokens: int, ttl_s: float, request_id: str
     ) -> tuple[Decision, str] | Away:
         """Charges an estimate and remembers it; the id tells in which slots."""
+        return await self._wholly(self._reserve(tenant, name, counts, tokens, ttl_s, request_id))
+
+    async def _reserve(
+        self, tenant: str, name: str, counts: Counts, tokens: int, ttl_s: float, request_id: str
+    ) -> tuple[Decision, str] | Away:
         parts = self._parts(counts)
         reservation_id = _record_id(tenant, parts)
         kept_ms = round((ttl_s + self._records_kept_s) * 1e3)
@@ -237,6 +246,11 @@ class RedisStore:
         self, tenant: str, counts: Counts, slots: int, ttl_s: float
     ) -> tuple[Decision, str] | Away:
         """Takes slots of all limits, or of none."""
+        return await self._wholly(self._acquire(tenant, counts, slots, ttl_s))
+
+    async def _acquire(
+        self, tenant: str, counts: Counts, slots: int, ttl_s: float
+    ) -> tuple[Decision, str] | Away:
         parts = self._parts(counts)
         slot_id = _record_id(tenant, parts)
         batches = _Batches(self._spec)
@@ -332,6 +346,15 @@ class RedisStore:
         if limit.calendar is None:
             return spec_of(limit, 0)
         return spec_of(limit, self._redis.now_us())
+
+    async def _wholly(self, work: Coroutine[Any, Any, T]) -> T:
+        """Awaits work that goes on if the caller is cancelled: it gives back what it must."""
+        if not self._clustered:
+            return await work
+        task = asyncio.ensure_future(work)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        return await asyncio.shield(task)
 
     async def _run(self, batches: _Batches) -> Mapping[str, Sequence[Any]]:
         """The results by tag; AWAY for all operations of a tag whose server is away."""
