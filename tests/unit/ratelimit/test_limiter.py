@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from agent360.client.errors import MeshError
 from agent360.mesh.ratelimit.counters import Counter, FixedWindow, SlidingWindow, TokenBucket
 from agent360.mesh.ratelimit.limiter import Limiter
-from agent360.mesh.ratelimit.limits import Algorithm, Limit, LimitsError, LimitSet
+from agent360.mesh.ratelimit.limits import Algorithm, FailureMode, Limit, LimitsError, LimitSet
 from agent360.mesh.ratelimit.limits_file import read_limits
 from agent360.mesh.ratelimit.windows import PlainWindows
 
@@ -210,6 +210,36 @@ def test_counts_beyond_the_bound_go_when_they_are_whole_again() -> None:
     assert subject.check("one-more", "x").allowed
     assert subject.generation == 1
     assert not subject.check("one-more", "x").allowed
+
+
+def test_a_count_in_use_is_never_dropped_and_a_closed_limit_refuses_one_more() -> None:
+    limits = [
+        Limit("r", 1, 600.0, name="open"),
+        Limit("c", 1, 600.0, name="closed", failure_mode=FailureMode.CLOSED),
+        Limit("s", 1, name="open", algorithm=Algorithm.CONCURRENCY),
+    ]
+    subject = Limiter(LimitSet(limits), Clock(), max_counters=10)
+    held = subject.plan("t0", "open", {}, slots=True)
+    assert subject.acquire("t0", held, 1, 60.0)[0].allowed
+    for number in range(9):
+        assert subject.check(f"t{number}", "open").allowed
+    for number in range(30):
+        assert subject.check(f"more-{number}", "open").allowed
+        with pytest.raises(MeshError, match="COUNTS_EXHAUSTED"):
+            subject.check(f"more-{number}", "closed")
+    assert subject.generation == 0
+    assert not any(subject.check(f"t{number}", "open").allowed for number in range(9))
+    assert subject.plan("t0", "open", {}, slots=True) == held
+
+
+def test_room_for_one_count_is_made_by_looking_at_a_few() -> None:
+    clock = Clock()
+    subject = Limiter(LimitSet([Limit("r", 1, 1.0)]), clock, max_counters=1_000)
+    for number in range(1_000):
+        subject.check(f"t{number}", "x")
+    clock.now += 5
+    subject.check("one-more", "x")
+    assert sum(1 for number in range(1_000) for _ in subject.usage(f"t{number}")) == 936
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from agent360.mesh.ratelimit.counts import CountKey
 from agent360.mesh.ratelimit.decisions import Decision, Leased, Settlement, Usage
 from agent360.mesh.ratelimit.limiter import Limiter
 from agent360.mesh.ratelimit.limits import LimitSet
@@ -74,8 +75,8 @@ class Domain(Protocol):
     async def release(self, tenant: str, slot_id: str) -> bool:
         """See ``Limiter.release``."""
 
-    async def usage(self, tenant: str) -> Sequence[Usage]:
-        """How much is used of each count that is the tenant's, in no order."""
+    async def usage(self, tenant: str, key: CountKey | None = None) -> Sequence[Usage]:
+        """See ``Limiter.usage``."""
 
 
 class LocalDomain:
@@ -152,6 +153,6 @@ class LocalDomain:
         """See ``Domain``."""
         return self.limiter.release(tenant, slot_id)
 
-    async def usage(self, tenant: str) -> Sequence[Usage]:
+    async def usage(self, tenant: str, key: CountKey | None = None) -> Sequence[Usage]:
         """See ``Domain``."""
-        return list(self.limiter.usage(tenant))
+        return list(self.limiter.usage(tenant, key))

@@ -27,6 +27,17 @@ def limit_unknown(limit_id: str) -> MeshError:
     )
 
 
+def counts_exhausted(limit_id: str) -> MeshError:
+    """As many counts are in use as this replica keeps, and the limit is closed."""
+    return MeshError(
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        "COUNTS_EXHAUSTED",
+        f"limit {limit_id[:128]!r} cannot count one more: as many counts as are kept are in use",
+        metadata={"limit_id": limit_id[:128]},
+        retry_after_s=1.0,
+    )
+
+
 def limit_from_file(limit_id: str) -> MeshError:
     """The limit stands in the limits file."""
     return MeshError(

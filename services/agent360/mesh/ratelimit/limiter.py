@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Final, NamedTuple
 
 from agent360.mesh.ratelimit.counts import (
@@ -24,12 +25,15 @@ from agent360.mesh.ratelimit.decisions import (
     lease_size,
     unlimited,
 )
-from agent360.mesh.ratelimit.failures import reservation_unknown
+from agent360.mesh.ratelimit.failures import counts_exhausted, reservation_unknown
 from agent360.mesh.ratelimit.free import free_id, free_quantity, free_renewal, free_settlement
-from agent360.mesh.ratelimit.limits import TENANT, Algorithm, LimitSet
+from agent360.mesh.ratelimit.limits import TENANT, Algorithm, FailureMode, Limit, LimitSet
 
 _new_tuple: Final = tuple.__new__
 """A NamedTuple's own constructor takes twice as long."""
+
+_LOOKED_AT: Final = 64
+"""Counts that are looked at to make room for one."""
 
 _NO_FACTS: Final[Mapping[str, str]] = {}
 
@@ -79,7 +83,7 @@ class Limiter:
         Args:
             limits: that it decides by.
             clock: microseconds since 1970, never stepping.
-            max_counters: counts kept at a time; what is whole again goes first.
+            max_counters: counts kept at a time; what is whole again makes room.
             max_reservations: reservations and leases remembered at a time.
             lease_ttl_s: longest time to live of a lease, in seconds.
             reservations_kept_s: how long a reservation can be settled after its time to live.
@@ -144,14 +148,15 @@ class Limiter:
             facts: about it.
             slots: the concurrency limits, in place of the others.
             own: only limits that name RPCs of the mesh.
+
+        Raises:
+            MeshError: RESOURCE_EXHAUSTED; there is no room for the count of a closed limit.
         """
-        charges = []
+        charges: list[Charge] = []
         for limit, key in counts_of(self.limits, tenant, name, facts, slots=slots, own=own):
             charge = self._counts.get(key)
             if charge is None:
-                if len(self._counts) >= self._max_counters:
-                    self._make_room()
-                charge = self._counts[key] = Charge(limit)
+                charge = self._new_count(limit, key, charges)
             else:
                 self._counts.move_to_end(key)
             charges.append(charge)
@@ -415,12 +420,15 @@ class Limiter:
 
     # ---------------------------------------------------------------- usage
 
-    def usage(self, tenant: str) -> Iterator[Usage]:
-        """How much is used of each count that is the tenant's, in no order."""
+    def usage(self, tenant: str, key: CountKey | None = None) -> Iterator[Usage]:
+        """How much is used of each count that is the tenant's, in no order; or only of one."""
         now = self.clock()
-        for key, charge in list(self._counts.items()):
+        for counted in list(self._counts) if key is None else [key]:
+            charge = self._counts.get(counted)
+            if charge is None:
+                continue
             limit = charge.limit
-            by = tuple(zip(limit.per, key[4:], strict=True))
+            by = tuple(zip(limit.per, counted[4:], strict=True))
             if limit.tenant != tenant and (TENANT, tenant) not in by:
                 continue
             slots = limit.algorithm is Algorithm.CONCURRENCY
@@ -444,22 +452,33 @@ class Limiter:
         limit_id = charge.limit_id
         self.denied[limit_id] = self.denied.get(limit_id, 0) + 1
 
-    def _make_room(self) -> None:
-        """Drops counts that are whole again or, if there are none, the longest unused tenth."""
-        now = self.clock()
-        whole = [
-            key
-            for key, charge in self._counts.items()
-            if (
-                charge.pool.reset(now)
-                if charge.limit.algorithm is Algorithm.CONCURRENCY
-                else charge.counter.reset(now)
-            )
-            <= 0
-        ]
-        for key in whole or list(self._counts)[: self._max_counters // 10 + 1]:
-            del self._counts[key]
-        self.generation += 1
+    def _new_count(self, limit: Limit, key: CountKey, planned: Sequence[Charge]) -> Charge:
+        """A count that is kept or, where there is no room and the limit is open, is not."""
+        charge = Charge(limit)
+        if len(self._counts) < self._max_counters or self._make_room(planned):
+            self._counts[key] = charge
+        elif limit.failure_mode is FailureMode.CLOSED and not limit.shadow:
+            raise counts_exhausted(limit.limit_id)
+        return charge
+
+    def _make_room(self, planned: Sequence[Charge]) -> bool:
+        """Drops those that are whole again of the longest unused counts; whether there were any.
+
+        A count with charges or holders stays, and is looked at again after all the others.
+        """
+        now, dropped = self.clock(), False
+        for key in list(islice(self._counts, _LOOKED_AT)):
+            charge = self._counts[key]
+            slots = charge.limit.algorithm is Algorithm.CONCURRENCY
+            reset_us = charge.pool.reset(now) if slots else charge.counter.reset(now)
+            if reset_us > 0 or charge in planned:
+                self._counts.move_to_end(key)
+            else:
+                del self._counts[key]
+                dropped = True
+        if dropped:
+            self.generation += 1
+        return dropped
 
     def _forget(self, records: OrderedDict[str, _Charged], now: int) -> None:
         """Forgets what is long over, or beyond the bound."""

@@ -14,6 +14,7 @@ from agent360.mesh.ratelimit.domain import Ask, LocalDomain
 from agent360.mesh.ratelimit.envoy import EnvoyService
 from agent360.mesh.ratelimit.exposition import LimiterCollector
 from agent360.mesh.ratelimit.failures import limit_unknown, limits_are_admins
+from agent360.mesh.ratelimit.limits import TENANT
 from agent360.mesh.ratelimit.own_quota import OwnQuota
 from agent360.mesh.ratelimit.settings import RateLimitSettings
 from agent360.mesh.ratelimit.usage import UsageReport
@@ -335,8 +336,10 @@ class RateLimitServicer:
         if not limit.tenants_apart:
             raise unimplemented("usage of limits that count several tenants together")
         wanted = dict(request.counted_by)
-        for usage in await self._domain.usage(call.tenant):
-            if usage.limit_id == request.limit_id and dict(usage.counted_by) == wanted:
+        if wanted.keys() == set(limit.per) - {TENANT}:
+            known = {**wanted, TENANT: call.tenant}
+            key = (*limit.key, limit.kind, *(known[fact] for fact in limit.per))
+            for usage in await self._domain.usage(call.tenant, key):
                 return pb.GetUsageResponse(usage=usage_message(usage))
         return pb.GetUsageResponse(
             usage=pb.Usage(

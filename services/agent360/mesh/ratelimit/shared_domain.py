@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
+from agent360.mesh.ratelimit.counts import CountKey
 from agent360.mesh.ratelimit.decisions import (
     UNLIMITED_LEASE_S,
     Decision,
@@ -227,18 +228,18 @@ class SharedDomain:
             raise store_away()
         return bool(answer)
 
-    async def usage(self, tenant: str) -> Sequence[Usage]:
+    async def usage(self, tenant: str, key: CountKey | None = None) -> Sequence[Usage]:
         """See ``Domain``."""
-        rows = await self._store.usage(self.limits, tenant)
+        rows = await self._store.usage(self.limits, tenant, key)
         if rows is AWAY:
             raise store_away()
         found = []
-        for limit, key, room, reset_us in rows:
+        for limit, counted, room, reset_us in rows:
             used = limit.size - room
             if len(self._peaks) >= _MAX_PEAKS:
                 self._peaks.clear()
-            peak = self._peaks[key] = max(used, self._peaks.get(key, 0))
-            by = tuple(zip(limit.per, key[4:], strict=True))
+            peak = self._peaks[counted] = max(used, self._peaks.get(counted, 0))
+            by = tuple(zip(limit.per, counted[4:], strict=True))
             found.append(
                 Usage(
                     limit.limit_id,

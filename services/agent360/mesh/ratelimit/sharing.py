@@ -97,5 +97,7 @@ class SharedStore(Protocol):
     async def release(self, tenant: str, slot_id: str) -> int | Away:
         """Gives slots back; 0 if they had come back."""
 
-    async def usage(self, limits: LimitSet, tenant: str) -> Sequence[SharedUsage] | Away:
-        """The counts of a tenant that are in use."""
+    async def usage(
+        self, limits: LimitSet, tenant: str, key: CountKey | None
+    ) -> Sequence[SharedUsage] | Away:
+        """The counts of a tenant that are in use; or only one, in use or not."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import Any, Final, NamedTuple, TypeVar
 
 import structlog
 
@@ -22,10 +22,12 @@ from agent360.mesh.runtime.redis import Command, Redis
 
 _SLICES: Final = 8
 _MAX_LISTED: Final = 10_000
+_ASKED_AT_ONCE: Final = 200
 _COUNT_KEY_SIZE: Final = 4
 """Parts of a count's key before the values of facts."""
 
 Counts = tuple[Count, ...]
+T = TypeVar("T")
 
 
 class _Part(NamedTuple):
@@ -101,6 +103,9 @@ class RedisStore:
 
     async def decide(self, runs: Sequence[Run]) -> list[tuple[Decided, Sequence[str]] | Away]:
         """See ``SharedStore.decide``."""
+        return await self._wholly(self._decide(runs))
+
+    async def _decide(self, runs: Sequence[Run]) -> list[tuple[Decided, Sequence[str]] | Away]:
         batches = _Batches(self._spec)
         asked = [
             [(part, *batches.add_decide(part, *run)) for part in self._parts(run.ask.plan)]
@@ -155,6 +160,11 @@ class RedisStore:
         self, tenant: str, name: str, counts: Counts, tokens: int, ttl_s: float, request_id: str
     ) -> tuple[Decision, str] | Away:
         """Charges an estimate and remembers it; the id tells in which slots."""
+        return await self._wholly(self._reserve(tenant, name, counts, tokens, ttl_s, request_id))
+
+    async def _reserve(
+        self, tenant: str, name: str, counts: Counts, tokens: int, ttl_s: float, request_id: str
+    ) -> tuple[Decision, str] | Away:
         parts = self._parts(counts)
         reservation_id = _record_id(tenant, parts)
         kept_ms = round((ttl_s + self._records_kept_s) * 1e3)
@@ -236,6 +246,11 @@ class RedisStore:
         self, tenant: str, counts: Counts, slots: int, ttl_s: float
     ) -> tuple[Decision, str] | Away:
         """Takes slots of all limits, or of none."""
+        return await self._wholly(self._acquire(tenant, counts, slots, ttl_s))
+
+    async def _acquire(
+        self, tenant: str, counts: Counts, slots: int, ttl_s: float
+    ) -> tuple[Decision, str] | Away:
         parts = self._parts(counts)
         slot_id = _record_id(tenant, parts)
         batches = _Batches(self._spec)
@@ -281,39 +296,40 @@ class RedisStore:
 
     # ---------------------------------------------------------------- usage
 
-    async def usage(self, limits: LimitSet, tenant: str) -> list[SharedUsage] | Away:
-        """The counts of a tenant that are in use."""
+    async def usage(
+        self, limits: LimitSet, tenant: str, key: CountKey | None
+    ) -> list[SharedUsage] | Away:
+        """See ``SharedStore.usage``."""
+        keys = await self._listed(tenant) if key is None else [key]
+        if keys is AWAY:
+            return AWAY
+        counts = []
+        for counted in keys:
+            limit = limits.find(*counted[:3])
+            if limit is not None and _counts_for(limit, counted):
+                counts.append((self._keys.count(limit, counted, tenant), counted))
+        found: list[SharedUsage] = []
+        for first in range(0, len(counts), _ASKED_AT_ONCE):
+            chunk = counts[first : first + _ASKED_AT_ONCE]
+            batches = _Batches(self._spec)
+            batch = batches.of(tenant)
+            for count, _ in chunk:
+                batch.add("u", batch.place(count))
+            rows = (await self._run(batches))[tenant]
+            if isinstance(rows, _AllAway):
+                return AWAY
+            for (count, counted), (room, reset_us) in zip(chunk, rows, strict=True):
+                found.append(SharedUsage(count.limit, counted, room, reset_us))
+        return found
+
+    async def _listed(self, tenant: str) -> list[CountKey] | Away:
         index = self._keys.index(tenant)
         listing = Command(index.encode(), ("ZREVRANGE", index, 0, _MAX_LISTED - 1))
         (reply,) = await self._redis.run([listing], repeatable=True)
         if isinstance(reply, Exception):
-            self._away(reply)
-            return AWAY
-        batches, found = _Batches(self._spec), []
-        for name in reply:
-            key = name.decode()
-            counted: CountKey = self._keys.counted(key)
-            if len(counted) < _COUNT_KEY_SIZE:
-                continue
-            limit = limits.find(*counted[:3])
-            if (
-                limit is not None
-                and limit.kind == counted[3]
-                and limit.tenants_apart
-                and len(counted) == _COUNT_KEY_SIZE + len(limit.per)
-            ):
-                batch = batches.of(tenant)
-                batch.add("u", batch.place(Count(limit, key, tenant)))
-                found.append((limit, counted))
-        if not found:
-            return []
-        rows = (await self._run(batches))[tenant]
-        if isinstance(rows, _AllAway):
-            return AWAY
-        return [
-            SharedUsage(limit, counted, row[0], row[1])
-            for (limit, counted), row in zip(found, rows, strict=True)
-        ]
+            return self._away(reply)
+        keys = [self._keys.counted(name.decode()) for name in reply]
+        return [key for key in keys if len(key) >= _COUNT_KEY_SIZE]
 
     # ---------------------------------------------------------------- within
 
@@ -330,6 +346,15 @@ class RedisStore:
         if limit.calendar is None:
             return spec_of(limit, 0)
         return spec_of(limit, self._redis.now_us())
+
+    async def _wholly(self, work: Coroutine[Any, Any, T]) -> T:
+        """Awaits work that goes on if the caller is cancelled: it gives back what it must."""
+        if not self._clustered:
+            return await work
+        task = asyncio.ensure_future(work)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        return await asyncio.shield(task)
 
     async def _run(self, batches: _Batches) -> Mapping[str, Sequence[Any]]:
         """The results by tag; AWAY for all operations of a tag whose server is away."""
@@ -357,6 +382,12 @@ class RedisStore:
             self._complained.add(kind)
             self._log.warning("the shared store does not serve", error=text)
         return AWAY
+
+
+def _counts_for(limit: Limit, key: CountKey) -> bool:
+    """Whether a count is of one tenant, and is not of a limit that has changed since."""
+    whole = len(key) == _COUNT_KEY_SIZE + len(limit.per)
+    return whole and limit.kind == key[3] and limit.tenants_apart
 
 
 class _Batches:
