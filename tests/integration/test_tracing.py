@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -23,6 +24,16 @@ TRACE = "0af7651916cd43dd8448eb211c80319c"
 PARENT = "b7ad6b7169203331"
 SAMPLED = f"00-{TRACE}-{PARENT}-01"
 UNSAMPLED = f"00-{TRACE}-{PARENT}-00"
+STRICT = """
+[[limits]]
+id = "gets"
+name = "agent360.cache.v1.CacheService/Get"
+per = ["tenant"]
+algorithm = "token_bucket"
+amount = 100
+period = "1s"
+strict = true
+"""
 
 
 class Receiver(trace_service_pb2_grpc.TraceServiceServicer):
@@ -115,10 +126,14 @@ async def test_a_span_names_the_tenant_that_the_callers_key_is_bound_to(receiver
     assert attributes(span)["agent360.tenant"] == "acme"
 
 
-async def test_the_question_about_a_quota_is_part_of_the_calls_trace(receiver: Any) -> None:
+async def test_the_question_about_a_quota_that_is_not_leased_is_part_of_the_calls_trace(
+    receiver: Any, tmp_path: Path
+) -> None:
     servicer, settings = receiver
+    limits = tmp_path / "limits.toml"
+    limits.write_text(STRICT)
     async with (
-        running("ratelimit", **settings) as limiter,
+        running("ratelimit", limits=str(limits), **settings) as limiter,
         running(
             "cache", quota={"enabled": True}, mesh={"ratelimit": limiter.address}, **settings
         ) as server,
