@@ -143,3 +143,18 @@ def test_a_secret_is_never_shown() -> None:
     assert found.settings.mesh.api_key.get_secret_value() == "very-secret"
     assert "very-secret" not in str(list(describe(found)))
     assert "very-secret" not in repr(found)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://ana:very-secret@h:1/2", "redis://ana:***@h:1/2"),
+        ("rediss+cluster://:very-s@cret@h:1,i:2", "rediss+cluster://:***@h:1,i:2"),
+        ("redis://h:1/2", "redis://h:1/2"),
+    ],
+)
+def test_the_password_of_a_store_is_not_shown(url: str, shown: str) -> None:
+    found = load(CacheSettings, environ={"AGENT360_CACHE__STORE": url})
+    rows = {path: value for path, value, _ in describe(found)}
+    assert rows["store"] == shown
+    assert found.settings.store == url, "and is used all the same"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from agent360.mesh.runtime.settings import ServerSettings
 
 S = TypeVar("S", bound=ServerSettings)
 
+_URL_PASSWORD: Final = re.compile(r"(\w+://[^\s/?#:@]*:)[^\s/?#]*@")
 COMMON: Final = "common"
 """The TOML table and environment prefix whose values apply to all services."""
 
@@ -71,9 +73,13 @@ def load(
 
 
 def describe(loaded: Loaded[Any]) -> Iterator[tuple[str, str, str]]:
-    """Path, value and origin of every setting, in the order of declaration."""
+    """Path, value and origin of every setting, in the order of declaration.
+
+    Passwords in URLs are not shown.
+    """
     for path, value in _leaves(loaded.settings.model_dump(mode="json"), empty=True):
-        yield path, str(value), _origin_of(path, loaded.origins)
+        shown = _URL_PASSWORD.sub(r"\1***@", str(value))
+        yield path, shown, _origin_of(path, loaded.origins)
 
 
 def _layers(
