@@ -149,7 +149,7 @@ def test_a_secret_is_never_shown() -> None:
     ("url", "shown"),
     [
         ("redis://ana:very-secret@h:1/2", "redis://ana:***@h:1/2"),
-        ("rediss+cluster://:very-s@cret@h:1,i:2", "rediss+cluster://:***@h:1,i:2"),
+        ("rediss+cluster://:very-s%40cret@h:1,i:2", "rediss+cluster://:***@h:1,i:2"),
         ("redis://h:1/2", "redis://h:1/2"),
     ],
 )
