@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final, NamedTuple
+from typing import Final
 from urllib.parse import quote, unquote
 from zlib import crc32
 
@@ -45,13 +45,6 @@ class Shard:
     def hot_key(self) -> str:
         """Where the keys that were read most are remembered."""
         return f"{self.base}:hot"
-
-
-class Names(NamedTuple):
-    """What a base says."""
-
-    tenant: str
-    namespace: str
 
 
 class Shards:
