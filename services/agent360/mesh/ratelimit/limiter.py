@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from agent360.mesh.ratelimit.count_table import CountTable
@@ -21,6 +21,7 @@ from agent360.mesh.ratelimit.decisions import (
     Leased,
     Settlement,
     Usage,
+    allowed_run,
     lease_size,
     unlimited,
 )
@@ -153,6 +154,26 @@ class Limiter:
             self.allowed += 1
             return unlimited(hits)
         return self._decide(plan, hits, allow_partial, now)[0]
+
+    def decide_run(
+        self, plan: Plan, hits: int, allow_partial: bool, times: int, now: int
+    ) -> Sequence[Decision]:
+        """Decides the same so many times in a row.
+
+        Where all are allowed, ``reset_after_s`` of each is that after the last.
+        """
+        if len(plan) == 1 and hits and plan[0].plain:
+            charge = plan[0]
+            admitted = charge.counter.admit(now, hits * times)
+            if admitted is not None:
+                self.allowed += times
+                remaining, reset_us = admitted
+                charge.turn(now)
+                charge.peak = max(charge.peak, charge.size - remaining)
+                return allowed_run(
+                    hits, times, remaining, charge.size, reset_us / 1e6, charge.limit_id
+                )
+        return [self.decide(plan, hits, allow_partial, now) for _ in range(times)]
 
     def _decide(
         self, plan: Plan, hits: int, allow_partial: bool, now: int

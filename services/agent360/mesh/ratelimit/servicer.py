@@ -8,8 +8,10 @@ from functools import partial
 from typing import Any, Final
 
 from agent360.client.errors import MeshError
+from agent360.mesh.ratelimit.answering import answer_checks
 from agent360.mesh.ratelimit.assembly import assemble
 from agent360.mesh.ratelimit.deadline import waited_s
+from agent360.mesh.ratelimit.decisions import Decision
 from agent360.mesh.ratelimit.domain import Ask, LocalDomain
 from agent360.mesh.ratelimit.envoy import EnvoyService
 from agent360.mesh.ratelimit.exposition import LimiterCollector
@@ -35,6 +37,7 @@ _MAX_BATCH: Final = 1_000
 _MAX_TTL_S: Final = 86_400.0
 
 _NONE_RESOLVED: Final[dict[bytes, Ask]] = {}
+_NOTHING_ASKED: Final = Ask((), 0, False)
 
 
 class RateLimitServicer:
@@ -106,45 +109,69 @@ class RateLimitServicer:
 
     async def check(self, items: Sequence[Item], emit: Emit) -> None:
         """Decides requests."""
-        if not self._in_memory:
-            await self._check_shared(items, emit)
+        if self._in_memory:
+            self._check_in_memory(items, emit)
             return
-        limiter = self._parts.limiter
-        counts, now = limiter.counts, limiter.clock()
-        decide, reply = limiter.decide, emit.reply
-        tenant, resolved = "", self._resolved_of("")
+        asked, asks, waits_s = [], [], 0.0
+        call, resolved = None, _NONE_RESOLVED
         for item in items:
-            request = item.request
-            if item.call.tenant != tenant:
-                tenant = item.call.tenant
-                resolved = self._resolved_of(tenant)
-            known = resolved.get(request.SerializeToString())
-            if known is None or self._generation != counts.generation:
+            if item.call is not call:
+                call = item.call
+                waits_s = max(waits_s, call.waited_s)
+                resolved = self._resolved_of(call.tenant)
+            ask = resolved.get(item.request.SerializeToString())
+            if ask is None or self._generation != self._domain.generation:
                 try:
-                    known = self._resolve(tenant, request)
+                    ask = self._resolve(call.tenant, item.request)
                 except MeshError as error:
                     emit.fail(item, error)
                     continue
-                resolved = self._resolved_of(tenant)
-            plan, hits, allow_partial = known
-            decision = decide(plan, hits, allow_partial, now)
-            write_decision(reply(item).decision, decision)
-            self._report.note(tenant, decision, hits)
+                resolved = self._resolved_of(call.tenant)
+            asked.append(item)
+            asks.append(ask)
+        waited_s.set(waits_s)
+        decisions = await self._domain.decide(asks)
+        answer_checks(zip(asked, asks, decisions, strict=True), emit, self._report)
 
-    async def _check_shared(self, items: Sequence[Item], emit: Emit) -> None:
+    def _check_in_memory(self, items: Sequence[Item], emit: Emit) -> None:
+        """The same, where a request is decided before the next is resolved.
+
+        Finding the counts of one may drop those of another to which nothing is charged yet.
+        """
+        limiter = self._parts.limiter
+        counts, now = limiter.counts, limiter.clock()
         asked: list[Item] = []
         asks: list[Ask] = []
+        decisions: list[Decision] = []
+        decide = limiter.decide
+        last, times = _NOTHING_ASKED, 0
+        call, resolved = None, _NONE_RESOLVED
         for item in items:
-            try:
-                asks.append(self._ask(item.call.tenant, item.request))
-            except MeshError as error:
-                emit.fail(item, error)
-                continue
+            if item.call is not call:
+                call = item.call
+                resolved = self._resolved_of(call.tenant)
+            ask = resolved.get(item.request.SerializeToString())
+            if ask is not last or self._generation != counts.generation:
+                if times == 1:
+                    decisions.append(decide(last[0], last[1], last[2], now))
+                elif times:
+                    decisions += limiter.decide_run(*last, times, now)
+                times = 0
+                if ask is None or self._generation != counts.generation:
+                    try:
+                        ask = self._resolve(call.tenant, item.request)
+                    except MeshError as error:
+                        emit.fail(item, error)
+                        last = _NOTHING_ASKED
+                        continue
+                    resolved = self._resolved_of(call.tenant)
+                last = ask
+            times += 1
             asked.append(item)
-        waited_s.set(max((item.call.waited_s for item in asked), default=0.0))
-        for item, ask, decision in zip(asked, asks, await self._domain.decide(asks), strict=True):
-            write_decision(emit.reply(item).decision, decision)
-            self._report.note(item.call.tenant, decision, ask.hits)
+            asks.append(last)
+        if times:
+            decisions += limiter.decide_run(*last, times, now)
+        answer_checks(zip(asked, asks, decisions, strict=True), emit, self._report)
 
     async def reserve(self, items: Sequence[Item], emit: Emit) -> None:
         """Sets tokens aside."""

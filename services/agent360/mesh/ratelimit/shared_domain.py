@@ -43,6 +43,9 @@ class SharedPlan(NamedTuple):
     override: Limit | None
     hot: HotLimits | None
     """Where tokens of its limits may be held."""
+    one_step: bool
+    """Whether many requests may be decided by one step: the counts are in one place, and none is
+    of a limit in shadow mode."""
 
 
 class SharedDomain:
@@ -121,12 +124,13 @@ class SharedDomain:
             self.limits, tenant, name, facts, slots=slots, own=own, override=override
         )
         hot = None if slots or override is not None else self._leases.of(tenant, counts)
-        return SharedPlan(counts, tenant, name, facts, slots, own, override, hot)
+        one_step = self._in_one_step(counts)
+        return SharedPlan(counts, tenant, name, facts, slots, own, override, hot, one_step)
 
     def join(self, plans: Sequence[SharedPlan]) -> SharedPlan:
         """See ``Domain``; while the store is away, the first decides."""
-        counts = {count.key: count for plan in plans for count in plan.counts}
-        return plans[0]._replace(counts=tuple(counts.values()), hot=None)
+        counts = tuple({count.key: count for plan in plans for count in plan.counts}.values())
+        return plans[0]._replace(counts=counts, hot=None, one_step=self._in_one_step(counts))
 
     async def decide(self, asks: Sequence[Ask]) -> Sequence[Decision]:
         """See ``Domain``."""
@@ -157,9 +161,12 @@ class SharedDomain:
     async def _decide(self, asks: Sequence[Ask]) -> Sequence[Decision]:
         runs = self._runs(asks)
         limited = [
-            Run(ask._replace(plan=ask.plan.counts), times) for ask, times in runs if ask.plan.counts
+            Run(Ask(ask.plan.counts, ask.hits, ask.allow_partial), times)
+            for ask, times in runs
+            if ask.plan.counts
         ]
         answers = iter(await self._store.decide(limited) if limited else ())
+        now_us = self._usage.now_us() if limited else 0
         decisions: list[Decision] = []
         for ask, times in runs:
             if not ask.plan.counts:
@@ -171,7 +178,7 @@ class SharedDomain:
                 decisions += [self._alone(ask) for _ in range(times)]
                 continue
             decided, denied = answer
-            self._note(ask.plan, decided, denied)
+            self._note(ask.plan, decided, denied, now_us=now_us)
             if ask.plan.hot is not None and ask.hits:
                 self._leases.note(ask.plan.hot, decided)
             decisions += decided
@@ -188,16 +195,15 @@ class SharedDomain:
             if last is not None:
                 runs.append(Run(last, times))
             last, times = ask, 1
-            counts = ask.plan.counts
-            mergeable = (
-                ask.hits > 0
-                and not ask.allow_partial
-                and not any(count.limit.shadow for count in counts)
-                and (not counts or self._store.in_one_place(counts))
-            )
+            mergeable = ask.hits > 0 and not ask.allow_partial and ask.plan.one_step
         if last is not None:
             runs.append(Run(last, times))
         return runs
+
+    def _in_one_step(self, counts: tuple[Any, ...]) -> bool:
+        return not any(count.limit.shadow for count in counts) and (
+            not counts or self._store.in_one_place(counts)
+        )
 
     async def reserve(
         self, tenant: str, name: str, plan: SharedPlan, tokens: int, ttl_s: float, request_id: str
@@ -342,11 +348,13 @@ class SharedDomain:
         decided: Sequence[Decision],
         denied: Sequence[str],
         record_id: str = "",
+        now_us: int = 0,
     ) -> None:
-        self._local.allowed += sum([decision.allowed for decision in decided])
+        allowed = [decision[1] for decision in decided if decision[0]]
+        self._local.allowed += len(allowed)
         for limit_id in denied:
             self._local.denied[limit_id] = self._local.denied.get(limit_id, 0) + 1
-        granted = sum([decision.granted for decision in decided])
+        granted = sum(allowed)
         fullest = decided[-1]  # the same request, one after the other: less is left each time
         self._usage.note(
             plan.tenant,
@@ -356,6 +364,7 @@ class SharedDomain:
             fullest.limit_id,
             fullest.limit - fullest.remaining,
             record_id,
+            now_us,
         )
 
     def _note_alone(self, plan: SharedPlan, decision: Decision) -> None:

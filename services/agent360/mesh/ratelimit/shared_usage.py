@@ -78,6 +78,10 @@ class SharedUsage:
 
     # ---------------------------------------------------------------- noting
 
+    def now_us(self) -> int:
+        """See ``UsageTable.now_us``."""
+        return self._table.now_us()
+
     def note(
         self,
         tenant: str,
@@ -87,6 +91,7 @@ class SharedUsage:
         tightest_id: str = "",
         used: int = 0,
         record_id: str = "",
+        now_us: int = 0,
     ) -> None:
         """Notes decisions on a request.
 
@@ -98,6 +103,7 @@ class SharedUsage:
             tightest_id: the limit of which ``used`` is known.
             used: what is used of it.
             record_id: the reservation that was made, or found where the request was repeated.
+            now_us: see ``now_us``; 0: not asked for yet.
         """
         if record_id:
             if record_id in self._records:
@@ -105,7 +111,7 @@ class SharedUsage:
             self._records[record_id] = None
             if len(self._records) > _MAX_RECORDS:
                 self._records.popitem(last=False)
-        now = self._table.now_us()
+        now = now_us or self._table.now_us()
         for count in counts:
             limit = count.limit
             apart = limit.tenants_apart

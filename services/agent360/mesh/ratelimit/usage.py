@@ -44,14 +44,17 @@ class UsageReport:
 
     def note(self, tenant: str, decision: Decision, hits: int) -> None:
         """Adds a decision."""
-        limit_id = decision[6]
+        allowed = decision.allowed
+        self.add(tenant, decision.limit_id, allowed, decision.granted if allowed else hits)
+
+    def add(self, tenant: str, limit_id: str, allowed: bool, hits: int) -> None:
+        """Adds hits that were granted, or asked for and denied."""
         if not limit_id or not hits:
             return
-        sums, allowed = self._sums, decision[0]
-        key = (tenant, limit_id, allowed)
+        sums, key = self._sums, (tenant, limit_id, allowed)
         if len(sums) >= _MAX_WAITING and key not in sums:
             return
-        sums[key] = sums.get(key, 0) + (decision[1] if allowed else hits)
+        sums[key] = sums.get(key, 0) + hits
 
     def start(self) -> None:
         """Reports from now on."""

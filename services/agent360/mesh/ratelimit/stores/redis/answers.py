@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from agent360.mesh.ratelimit.decisions import Decision
+from agent360.mesh.ratelimit.decisions import Decision, allowed_run
 from agent360.mesh.ratelimit.sharing import AWAY, Away, Decided, Run
 from agent360.mesh.ratelimit.stores.redis.keys import counted_in
 from agent360.mesh.ratelimit.stores.redis.places import Part
@@ -42,10 +42,7 @@ def expanded(part: Part, row: Sequence[Any], run: Run) -> tuple[Decided, Sequenc
     fit, room, tightest, reset_us, retry_us, denier, denier_reset_us = row
     hits, limit = run.ask.hits, part.counts[tightest - 1].limit
     size, limit_id, reset_s = limit.size, limit.limit_id, reset_us / 1e6
-    decisions = [
-        Decision(True, hits, room - done * hits, size, reset_s, None, limit_id)
-        for done in range(1, fit + 1)
-    ]
+    decisions = allowed_run(hits, fit, room - fit * hits, size, reset_s, limit_id)
     missing = run.times - fit
     if not missing:
         return decisions, ()

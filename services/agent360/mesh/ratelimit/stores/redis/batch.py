@@ -37,7 +37,7 @@ class Batch:
         """The number of a count among the keys, from 1."""
         place = self._places.get(count.key)
         if place is None:
-            self._counts.append(self._spec_of(count.limit))
+            self._counts.append(count.spec or self._spec_of(count.limit))
             place = self._places[count.key] = len(self._counts)
         return place
 
@@ -64,7 +64,7 @@ class Batch:
             now_us: what is known of the time; see ``Timeline``.
         """
         before = len(self._counts)
-        for operation in self._operations:
+        for operation in self._operations if self._records else ():
             for at, value in enumerate(operation):
                 if type(value) is _Record:
                     operation[at] = before + value.number

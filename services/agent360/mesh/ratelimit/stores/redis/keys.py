@@ -28,6 +28,8 @@ class Count(NamedTuple):
     """Where it is."""
     tag: str
     """The hash tag in its key: counts of one tag are in one slot."""
+    spec: tuple[str | int, ...] | None
+    """What the script is told of the limit; None: that depends on the time."""
 
 
 def version_of(limits: LimitSet) -> int:
@@ -56,7 +58,8 @@ class Keys:
         """Where a count is."""
         tag = tenant if limit.tenants_apart else f"~{limit.limit_id}"
         name = "|".join(quote(part, safe=_SAFE) for part in key)
-        return Count(limit, f"{self._prefix}:{{{tag}}}:n:{name}", tag)
+        spec = spec_of(limit, 0) if limit.calendar is None else None
+        return Count(limit, f"{self._prefix}:{{{tag}}}:n:{name}", tag, spec)
 
     def index(self, tag: str) -> str:
         """Where the counts of a tag are listed."""

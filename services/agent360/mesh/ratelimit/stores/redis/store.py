@@ -12,6 +12,7 @@ from agent360.mesh.ratelimit.counts import counts_of
 from agent360.mesh.ratelimit.decisions import Decision
 from agent360.mesh.ratelimit.failures import reservation_unknown
 from agent360.mesh.ratelimit.limits import Limit, LimitSet
+from agent360.mesh.ratelimit.patience import in_slices
 from agent360.mesh.ratelimit.record_ids import Kind, require_kind
 from agent360.mesh.ratelimit.sharing import AWAY, Away, Decided, OnAdjusted, Run
 from agent360.mesh.ratelimit.stores.redis.answers import (
@@ -34,12 +35,6 @@ from agent360.mesh.ratelimit.stores.redis.places import (
 from agent360.mesh.ratelimit.stores.redis.scripts import script_source
 from agent360.mesh.ratelimit.stores.redis.timeline import Timeline
 from agent360.mesh.runtime.redis import Redis
-
-_SLICES: Final = 8
-_MAX_LISTED: Final = 10_000
-_ASKED_AT_ONCE: Final = 200
-_COUNT_KEY_SIZE: Final = 4
-"""Parts of a count's key before the values of facts."""
 
 _SHARED_AT: Final = 3
 """Where a row tells of counts of several tenants, if there are any."""
@@ -339,18 +334,11 @@ class RedisStore:
             batches.by_tag[tag].command(self._script, self._version, self._timeline.now_us())
             for tag in tags
         ]
-        task = asyncio.ensure_future(self._redis.run(commands))
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
-        # In slices: a process that could not run for a while has not waited.
-        for _ in range(_SLICES):
-            done, _ = await asyncio.wait((task,), timeout=self._answer_s / _SLICES)
-            if done:
-                break
-        else:
+        replies = await in_slices(self._redis.run(commands), self._answer_s)
+        if replies is AWAY:
             self._complain(TimeoutError("no reply in time"))
             return dict.fromkeys(tags, AllAway())
-        return dict(zip(tags, map(self._results, task.result()), strict=True))
+        return dict(zip(tags, map(self._results, replies), strict=True))
 
     def _results(self, reply: Any) -> Sequence[Any]:
         if isinstance(reply, Exception):

@@ -155,8 +155,7 @@ class RedisUsageTable:
         for count, row in rows:
             if count.key not in at:
                 at[count.key] = len(at) + 1
-                now_us = self._redis.now_us() if count.limit.calendar is not None else 0
-                specs.append(spec_of(count.limit, now_us))
+                specs.append(count.spec or spec_of(count.limit, self._redis.now_us()))
             packed.append((at[count.key], *row))
         keys = [key.encode() for key in at]
         return self._script.command(keys, [_encode((specs, packed, int(self._clustered)))])

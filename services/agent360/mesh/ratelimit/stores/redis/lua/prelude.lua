@@ -27,4 +27,9 @@ local function catch_up(seen)
   if seen > now and seen <= latest then now = seen end
 end
 
-local algorithms = {}
+-- By letter. Defining functions takes longer than a check does: those of an algorithm are defined when it is first asked for.
+local definitions = {}
+local algorithms = setmetatable({}, {__index = function(known, letter)
+  known[letter] = definitions[letter]()
+  return known[letter]
+end})

@@ -1,7 +1,6 @@
 -- The twin of SlidingWindow. State: used, then slot, count, slot, count...
-do
+function definitions.s()
   local A = {}
-  algorithms.s = A
 
   function A.new() return {0} end
 
@@ -81,4 +80,6 @@ do
   end
 
   function A.keep_us(_, c) return c[4] + width(c) end
+
+  return A
 end

@@ -1,7 +1,6 @@
 -- The twin of TokenBucket. State: at, debt, since, fastest.
-do
+function definitions.t()
   local A = {}
-  algorithms.t = A
 
   function A.new() return {0, 0, 0, 0} end
 
@@ -57,4 +56,6 @@ do
   function A.lease_us() return nil end
 
   function A.keep_us(s, c) return ceil(s[2] / c[3]) end
+
+  return A
 end

@@ -32,7 +32,7 @@ end
 -- What is used of a count now, and what of it is left.
 local function look(i)
   local c, key = counts[i], KEYS[i]
-  if c[1] == 'c' then return pools.room(key, c), pools.reset(key), c[3] end
+  if c[1] == 'c' then return algorithms.c.room(key, c), algorithms.c.reset(key), c[3] end
   local raw = redis.call('GET', key)
   local A = algorithms[c[1]]
   local s = raw and cmsgpack.unpack(raw) or A.new()
