@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from agent360.mesh.inference.catalogue_file import read_models
 from agent360.mesh.ratelimit.limits_file import read_limits
 from agent360.mesh.runtime.config import load
 from agent360.mesh.services import NAMES, service_kind
@@ -27,6 +28,14 @@ def test_the_limits_apply_as_their_comments_say() -> None:
     assert limits.of("umbrella-labs")["requests-per-minute"].amount == 60
     assert limits.of("acme")["tool-calls"].shadow
     assert limits.of("acme")["searches"].per == ("tenant", "user")
+
+
+def test_the_catalogue_holds_for_the_backends_of_the_configuration() -> None:
+    loaded = load(service_kind("inference").settings, config=EXAMPLES / "mesh.toml", environ={})
+    small, large, embedder = read_models(EXAMPLES / "models.toml", loaded.settings.backend_names)
+    assert (small.fallbacks, small.affinity) == (("large",), "prefix")
+    assert (small.task_classes, large.task_classes) == (("simple",), ("complex",))
+    assert embedder.capabilities == ("embeddings",)
 
 
 def test_the_requests_are_those_of_an_agent_platform() -> None:

@@ -26,8 +26,21 @@ class ToolCallPiece(NamedTuple):
     """Arguments to append."""
 
 
-Piece = str | ToolCallPiece
-"""What a model says at a time: text, or a piece of a tool call."""
+class TokenLogprob(NamedTuple):
+    """How probable a token was."""
+
+    token: str
+    """As text; of a token that is no whole character, what the backend writes for it."""
+    logprob: float
+    """Natural logarithm of its probability."""
+    token_bytes: bytes = b""
+    """Empty where the backend does not tell."""
+    alternatives: tuple[TokenLogprob, ...] = ()
+    """The most probable tokens at its place."""
+
+
+Piece = str | ToolCallPiece | TokenLogprob
+"""What a model says at a time: text, a piece of a tool call, or how probable its text was."""
 
 
 class Delta(NamedTuple):
@@ -35,6 +48,7 @@ class Delta(NamedTuple):
 
     content: str
     tool_calls: tuple[ToolCallPiece, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class Source(Enum):
@@ -75,6 +89,7 @@ class Answer:
     usage: Usage
     model: str
     backend: str
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +106,13 @@ def merge(pieces: Iterable[Piece]) -> Delta:
     """Puts pieces together: one text, and one piece for each tool call among them."""
     texts: list[str] = []
     calls: dict[int, tuple[str, str, list[str]]] = {}
+    logprobs: list[TokenLogprob] = []
     for piece in pieces:
         if isinstance(piece, str):
             texts.append(piece)
+            continue
+        if isinstance(piece, TokenLogprob):
+            logprobs.append(piece)
             continue
         known_id, known_name, arguments = calls.get(piece.place, ("", "", []))
         arguments.append(piece.arguments)
@@ -104,6 +123,7 @@ def merge(pieces: Iterable[Piece]) -> Delta:
             ToolCallPiece(place, call_id, name, "".join(arguments))
             for place, (call_id, name, arguments) in sorted(calls.items())
         ),
+        tuple(logprobs),
     )
 
 
@@ -119,4 +139,5 @@ def as_pieces(answer: Answer) -> list[Piece]:
         ToolCallPiece(place, call.id, call.name, call.arguments)
         for place, call in enumerate(answer.tool_calls)
     ]
+    pieces += answer.logprobs
     return pieces

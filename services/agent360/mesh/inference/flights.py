@@ -7,38 +7,56 @@ import contextlib
 import contextvars
 import time
 from collections.abc import Callable, Coroutine, Hashable, Iterator, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from agent360.client.errors import UnavailableError
-from agent360.mesh.inference.answers import Answer, Delta, Piece, Source, merge
+from agent360.mesh.inference.answers import (
+    Answer,
+    Delta,
+    Piece,
+    Source,
+    TokenLogprob,
+    as_pieces,
+    merge,
+)
+from agent360.mesh.inference.metering.sharing import SharedBill
+from agent360.mesh.inference.metering.till import Charge
+from agent360.mesh.inference.ports import Payer
+from agent360.mesh.inference.routing import Route
 from agent360.mesh.inference.tokens import size_of
 
+T = TypeVar("T")
 
-class Flight:
+
+class Flight(Generic[T]):
     """One call of a model and what it has said so far.
 
     Invariant: ``pieces`` only grows, and a follower that joins late reads it from the start.
     Exactly one of ``answer`` and ``error`` is set when it has ended.
     """
 
-    def __init__(self, key: Hashable, user: str) -> None:
+    def __init__(self, key: Hashable, payer: Payer, bill: SharedBill) -> None:
         self.key = key
-        self.user = user
-        """Whose limits the call is charged to, besides the tenant's."""
+        self.payer = payer
+        """Whose limits decide whether the model is run."""
+        self.bill = bill
+        """Who is charged."""
         self.pieces: list[Piece] = []
         self.said_bytes = 0
-        self.answer: Answer | None = None
+        self.answer: T | None = None
         self.error: Exception | None = None
         self.source = Source.MODEL
         self.admitted = False
         """Limits let it pass, or it needs none."""
         self.denied = False
         """Limits refused it."""
+        self.route: Route | None = None
+        """What answered, where that is not what the callers' own routes say: after a fallback."""
         self.began: float | None = None
         """When the model was asked, on the monotonic clock."""
         self.first_piece: float | None = None
         """When it first said something."""
-        self.followers: set[Follower] = set()
+        self.followers: set[Follower[T]] = set()
         self.task: asyncio.Task[None] | None = None
 
     @property
@@ -59,7 +77,7 @@ class Flight:
         self.said_bytes += sum(map(_size, pieces))
         self._wake()
 
-    def land(self, answer: Answer, source: Source = Source.MODEL) -> None:
+    def land(self, answer: T, source: Source = Source.MODEL) -> None:
         """Ends it with an answer, all of whose pieces were pushed."""
         self.answer, self.source, self.admitted = answer, source, True
         self._wake()
@@ -75,7 +93,7 @@ class Flight:
             follower.woken.set()
 
 
-class Follower:
+class Follower(Generic[T]):
     """A caller that waits for a flight's answer, at its own pace.
 
     Example:
@@ -83,12 +101,16 @@ class Follower:
         ...     delta = follower.take()
     """
 
-    __slots__ = ("_bytes_taken", "_taken", "flight", "leads", "woken")
+    __slots__ = ("_bytes_taken", "_taken", "charge", "flight", "late", "leads", "woken")
 
-    def __init__(self, flight: Flight, leads: bool) -> None:
+    def __init__(self, flight: Flight[T], leads: bool) -> None:
         self.flight = flight
         self.leads = leads
         """Whether the flight began for this caller."""
+        self.late = flight.answer is not None
+        """Whether the answer was there before this caller came."""
+        self.charge: Charge | None = None
+        """What was set aside for a caller who joined; None: nothing."""
         self.woken = asyncio.Event()
         self._taken = 0
         self._bytes_taken = 0
@@ -96,6 +118,8 @@ class Follower:
     @property
     def source(self) -> Source:
         """Where this caller's answer comes from."""
+        if self.late:
+            return Source.CACHE
         if self.flight.source is Source.MODEL and not self.leads:
             return Source.COALESCED
         return self.flight.source
@@ -134,7 +158,7 @@ class Follower:
         self._bytes_taken = self.flight.said_bytes
         return merge(fresh)
 
-    async def answer(self) -> Answer:
+    async def answer(self) -> T:
         """Waits for the whole answer.
 
         Raises:
@@ -152,11 +176,11 @@ class Follower:
         await self.woken.wait()
 
 
-Work = Callable[[Flight], Coroutine[Any, Any, None]]
+Work = Callable[[Flight[T]], Coroutine[Any, Any, None]]
 """Does a flight's work: pushes pieces, lands or raises."""
 
 
-class Flights:
+class Flights(Generic[T]):
     """The flights of a service.
 
     A flight is a task of its own, in an empty context: it outlives the caller it began for while
@@ -164,19 +188,19 @@ class Flights:
     """
 
     def __init__(self) -> None:
-        self._joinable: dict[Hashable, Flight] = {}
+        self._joinable: dict[Hashable, Flight[T]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __len__(self) -> int:
         return len(self._tasks)
 
-    def find(self, key: Hashable) -> Flight | None:
+    def find(self, key: Hashable) -> Flight[T] | None:
         """The flight of that key that can be joined."""
         return self._joinable.get(key)
 
-    def launch(self, key: Hashable, user: str, work: Work) -> Flight:
+    def launch(self, key: Hashable, payer: Payer, bill: SharedBill, work: Work[T]) -> Flight[T]:
         """Begins a flight; others can join it unless one of its key is there already."""
-        flight = Flight(key, user)
+        flight: Flight[T] = Flight(key, payer, bill)
         self._joinable.setdefault(key, flight)
         task = asyncio.get_running_loop().create_task(
             self._run(flight, work), context=contextvars.Context()
@@ -187,7 +211,7 @@ class Flights:
         return flight
 
     @contextlib.contextmanager
-    def follow(self, flight: Flight, *, leads: bool) -> Iterator[Follower]:
+    def follow(self, flight: Flight[T], *, leads: bool) -> Iterator[Follower[T]]:
         """Waits for a flight; leaving it as the last one cancels it."""
         follower = Follower(flight, leads)
         flight.followers.add(follower)
@@ -205,7 +229,7 @@ class Flights:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _run(self, flight: Flight, work: Work) -> None:
+    async def _run(self, flight: Flight[T], work: Work[T]) -> None:
         try:
             await work(flight)
         except asyncio.CancelledError:
@@ -216,12 +240,23 @@ class Flights:
         finally:
             self._withdraw(flight)
 
-    def _withdraw(self, flight: Flight) -> None:
+    def _withdraw(self, flight: Flight[T]) -> None:
         if self._joinable.get(flight.key) is flight:
             del self._joinable[flight.key]
+
+
+def landed(answer: Answer, payer: Payer) -> Follower[Answer]:
+    """A caller whose answer is there already: nothing flies, nobody joins, nothing is charged."""
+    flight: Flight[Answer] = Flight(None, payer, SharedBill("leader"))
+    flight.push(as_pieces(answer))
+    flight.land(answer, Source.CACHE)
+    return Follower(flight, leads=True)
 
 
 def _size(piece: Piece) -> int:
     if isinstance(piece, str):
         return size_of(piece)
+    if isinstance(piece, TokenLogprob):
+        # It tells of tokens that were counted as text.
+        return 0
     return size_of(piece.arguments) + len(piece.name) + len(piece.id)

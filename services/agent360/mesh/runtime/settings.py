@@ -7,6 +7,12 @@ from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
+from agent360.client import NearCache
+
+
+class SettingError(ValueError):
+    """What is set cannot be carried out; the message says what and why."""
+
 
 class Settings(BaseModel):
     """A group of settings; unknown names are refused."""
@@ -17,7 +23,7 @@ class Settings(BaseModel):
 
 
 class TlsSettings(Settings):
-    """Certificates of the gRPC port."""
+    """Certificates of the gRPC port, and of the HTTP port where that serves an API."""
 
     certificate: Path | None = None
     """PEM file with the server's certificate chain; TLS is on if it is given."""
@@ -156,7 +162,8 @@ class ServerSettings(Settings):
     port: int = Field(default=0, ge=0, le=65535)
     """gRPC port; 0: the service's own (``agent360-mesh config`` shows it)."""
     http_port: int = Field(default=0, ge=0, le=65535)
-    """HTTP port of /metrics, /healthz and /readyz; 0: the service's own."""
+    """HTTP port of /metrics, /healthz and /readyz, and of the service's HTTP API if it has one;
+    0: the service's own."""
     ephemeral_ports: bool = False
     """True: ports of 0 are chosen by the operating system, for tests and embedding."""
     insecure: bool = False
@@ -175,7 +182,7 @@ class ServerSettings(Settings):
     compression_min_bytes: int = Field(default=16 * 2**10, ge=0)
     """Messages below this size are not compressed."""
     tls: TlsSettings = TlsSettings()
-    """Certificates of the gRPC port."""
+    """Certificates of the gRPC port, and of the HTTP port where that serves an API."""
     authentication: AuthenticationSettings = AuthenticationSettings()
     """Who may call."""
     tenants: TenantSettings = TenantSettings()
@@ -194,3 +201,7 @@ class ServerSettings(Settings):
     """Logs."""
     mesh: MeshAddresses = MeshAddresses()
     """Where the other services are."""
+
+    def near_cache(self) -> NearCache | None:
+        """What the service keeps near of the cache service's entries; None: nothing."""
+        return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -38,6 +39,8 @@ class Turn:
     """What goes wrong."""
     include_usage: bool
     """Whether a stream ends with the usage."""
+    alternatives: int | None = None
+    """How many alternatives to tell beside the probability of each token; None: tell none."""
 
     @property
     def id(self) -> str:
@@ -80,7 +83,7 @@ async def answer_whole(request: web.Request, turn: Turn, pace: Pace) -> web.Stre
     if behaviour.malformed_after is not None:
         return web.Response(body=body[: len(body) // 2], content_type="application/json")
     if cut_at < _NEVER:
-        return await _cut_in_body(request, body)
+        return await cut_in_body(request, body)
     return web.Response(body=body, content_type="application/json")
 
 
@@ -128,6 +131,16 @@ async def answer_in_pieces(request: web.Request, turn: Turn, pace: Pace) -> web.
     return response
 
 
+async def cut_in_body(request: web.Request, body: bytes) -> web.StreamResponse:
+    """Sends half of a body and closes the connection."""
+    response = web.StreamResponse(headers={"Content-Type": "application/json"})
+    response.headers.update(request.app[RESPONSE_HEADERS])
+    response.content_length = len(body)
+    await response.prepare(request)
+    await response.write(body[: len(body) // 2])
+    return _hang_up(request, response)
+
+
 RESPONSE_HEADERS: Final = web.AppKey("response_headers", dict[str, str])
 """Headers that every answer carries."""
 
@@ -152,7 +165,7 @@ def _whole(turn: Turn) -> bytes:
             {
                 "index": 0,
                 "message": message,
-                "logprobs": None,
+                "logprobs": _logprobs(script.pieces, turn.alternatives),
                 "finish_reason": script.finish_reason,
             }
         ],
@@ -171,8 +184,28 @@ def _events(turn: Turn) -> Iterator[bytes]:
         return
     opening = f'{head}{{"role":"assistant","content":""}}{tail}'
     for place, piece in enumerate(turn.script.pieces):
-        event = f'{head}{{"content":{dumps(piece)}}}{tail}'
+        logprobs = _logprobs([piece], turn.alternatives)
+        told = f'{{"content":{dumps(piece)}}}'
+        if logprobs is not None:
+            told += f',"logprobs":{dumps(logprobs)}'
+        event = f"{head}{told}{tail}"
         yield (opening + event if place == 0 else event).encode()
+
+
+def _logprobs(pieces: Sequence[str], alternatives: int | None) -> dict[str, Any] | None:
+    """Made-up probabilities: each token half as probable as its place before, from 1/2."""
+    if alternatives is None:
+        return None
+    content = []
+    for piece in pieces:
+        likely = [piece, *(f"{piece}~{place}" for place in range(1, alternatives))][:alternatives]
+        top = [_logprob(each, place) for place, each in enumerate(likely)]
+        content.append({**_logprob(piece, 0), "top_logprobs": top})
+    return {"content": content}
+
+
+def _logprob(token: str, place: int) -> dict[str, Any]:
+    return {"token": token, "logprob": -(place + 1) * math.log(2), "bytes": list(token.encode())}
 
 
 def _tool_events(script: Script, number: int, head: str, tail: str) -> Iterator[bytes]:
@@ -216,15 +249,6 @@ def _frame(turn: Turn) -> tuple[str, str]:
     )
     usage = ',"usage":null' if turn.include_usage else ""
     return head, f',"finish_reason":null}}]{usage}}}\n\n'
-
-
-async def _cut_in_body(request: web.Request, body: bytes) -> web.StreamResponse:
-    response = web.StreamResponse(headers={"Content-Type": "application/json"})
-    response.headers.update(request.app[RESPONSE_HEADERS])
-    response.content_length = len(body)
-    await response.prepare(request)
-    await response.write(body[: len(body) // 2])
-    return _hang_up(request, response)
 
 
 def _hang_up(request: web.Request, response: web.StreamResponse) -> web.StreamResponse:

@@ -63,6 +63,7 @@ class Faults:
     def __init__(self, settings: SimulatorSettings) -> None:
         self._settings = settings
         self._random = random.Random(settings.seed)
+        self._to_fail = settings.error_first
 
     def behaviour(self, prompt: str, header: str) -> Behaviour:
         """How to answer a request; what it asks for goes before the rates.
@@ -84,6 +85,9 @@ class Faults:
 
     def _struck(self) -> Behaviour:
         settings = self._settings
+        if self._to_fail:
+            self._to_fail -= 1
+            return Behaviour(error=settings.error_status, retry_after=settings.error_retry_after_s)
         if not (settings.error_rate or settings.stall_rate or settings.break_rate):
             return _NORMAL
         # One draw a fault and request, whatever the others give: the rates stay independent.
@@ -91,6 +95,7 @@ class Faults:
         where = self._random.randrange(1, _BREAK_WITHIN_TOKENS)
         return Behaviour(
             error=settings.error_status if error < settings.error_rate else 0,
+            retry_after=settings.error_retry_after_s,
             stall_s=settings.stall_s if stall < settings.stall_rate else 0.0,
             break_after=where if cut < settings.break_rate else None,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 from array import array
 from collections.abc import AsyncIterator
 from typing import Any, Final
@@ -12,10 +13,11 @@ from typing import Any, Final
 import aiohttp
 
 from agent360.client.errors import MeshError
-from agent360.mesh.inference.answers import Ending, FinishReason, Piece, Usage
+from agent360.mesh.inference.answers import Ending, FinishReason, Piece, ToolCallPiece, Usage
 from agent360.mesh.inference.backends import openai_errors as errors
 from agent360.mesh.inference.backends import openai_format as form
 from agent360.mesh.inference.backends.sse import EventParser
+from agent360.mesh.inference.backends.token_counts import TokenCounts
 from agent360.mesh.inference.conversation import EmbeddingInputs, Prompt
 from agent360.mesh.inference.ports import Sink
 from agent360.mesh.inference.settings import BackendSettings
@@ -24,7 +26,8 @@ _MAX_ERROR_BYTES: Final = 64 * 2**10
 _JSON_OVERHEAD: Final = 4
 """A JSON answer may be this much larger than its text: escapes, and what else is in it."""
 _LINGER_S: Final = 0.1
-_TRIES_ON_A_DEAD_CONNECTION: Final = 2
+_DEAD_CONNECTION_S: Final = 0.1
+"""A kept connection that has died is noticed within this, in seconds."""
 
 _decode: Final = json.JSONDecoder().decode
 """Reads a text; ``json.loads`` would first guess the encoding of bytes, for every token."""
@@ -47,6 +50,16 @@ class OpenAIBackend:
         self._key = settings.key()
         self._max_bytes = max_answer_bytes * _JSON_OVERHEAD
         self._session: aiohttp.ClientSession | None = None
+        self._streaming = aiohttp.ClientTimeout(
+            total=settings.try_timeout_s,
+            sock_connect=settings.connect_timeout_s,
+            sock_read=settings.stall_timeout_s,
+        )
+        # What comes whole says nothing until it is done.
+        self._whole = aiohttp.ClientTimeout(
+            total=settings.try_timeout_s, sock_connect=settings.connect_timeout_s
+        )
+        self._counts = TokenCounts(self._post_to_root)
 
     @property
     def name(self) -> str:
@@ -59,11 +72,7 @@ class OpenAIBackend:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=settings.max_connections, keepalive_timeout=60),
             headers={"Authorization": f"Bearer {self._key}"} if self._key else None,
-            timeout=aiohttp.ClientTimeout(
-                total=settings.try_timeout_s,
-                sock_connect=settings.connect_timeout_s,
-                sock_read=settings.stall_timeout_s,
-            ),
+            timeout=self._whole,
             cookie_jar=aiohttp.DummyCookieJar(),
         )
 
@@ -84,10 +93,17 @@ class OpenAIBackend:
 
     async def generate(self, prompt: Prompt, model: str, sink: Sink, *, streamed: bool) -> Ending:
         """See ``Backend.generate``."""
+        settings = self._settings
         body = form.chat_body(
-            prompt, model, streamed=streamed, max_tokens_field=self._settings.max_tokens_field
+            prompt,
+            model,
+            streamed=streamed,
+            max_tokens_field=settings.max_tokens_field,
+            stream_usage=settings.stream_usage,
+            schema_form=settings.schema_form,
         )
-        async with self._ask("POST", "/chat/completions", body) as response:
+        timeout = self._streaming if streamed else self._whole
+        async with self._ask("POST", "/chat/completions", body, timeout=timeout) as response:
             if streamed and "json" not in response.content_type:
                 return await self._read_stream(response, sink)
             # Some servers answer whole whatever they are asked for.
@@ -97,13 +113,15 @@ class OpenAIBackend:
         self, request: EmbeddingInputs, model: str
     ) -> tuple[list[array[float]], Usage | None]:
         """See ``Backend.embed``."""
-        body = form.embedding_body(request, model)
+        body = form.embedding_body(request, model, self._settings.embedding_encoding)
         async with self._ask("POST", "/embeddings", body) as response:
             found = await self._read_json(response)
         try:
-            rows = sorted(found["data"], key=lambda row: row["index"])
+            if "data" not in found:
+                raise self._no_answer(found)
+            rows = sorted(found["data"], key=lambda row: row.get("index", 0))
             vectors = [form.read_vector(row["embedding"]) for row in rows]
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise errors.malformed(self.name, repr(error)) from error
         if len(vectors) != len(request.inputs):
             raise errors.malformed(
@@ -111,16 +129,32 @@ class OpenAIBackend:
             )
         return vectors, form.read_usage(found.get("usage"))
 
+    async def count_tokens(self, prompt: Prompt, model: str) -> int | None:
+        """See ``Backend.count_tokens``."""
+        return await self._counts.of_prompt(prompt, model)
+
     # ---------------------------------------------------------------- connection
+
+    async def _post_to_root(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """What a server offers beside the OpenAI API stands beside ``/v1``, not below it."""
+        root = self._url.removesuffix("/v1")
+        async with self._ask("POST", path, body, root=root) as response:
+            return await self._read_json(response)
 
     @contextlib.asynccontextmanager
     async def _ask(
-        self, method: str, path: str, body: Any = None
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        root: str = "",
+        timeout: aiohttp.ClientTimeout | None = None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """A successful answer, while it is read; whatever fails is a MeshError."""
         response: aiohttp.ClientResponse | None = None
         try:
-            response = await self._open(method, path, body)
+            response = await self._open(method, (root or self._url) + path, body, timeout)
             if response.status >= 300:
                 said = await response.content.read(_MAX_ERROR_BYTES)
                 raise errors.from_response(
@@ -145,7 +179,9 @@ class OpenAIBackend:
             if response is not None:
                 response.close()
 
-    async def _open(self, method: str, path: str, body: Any) -> aiohttp.ClientResponse:
+    async def _open(
+        self, method: str, url: str, body: Any, timeout: aiohttp.ClientTimeout | None
+    ) -> aiohttp.ClientResponse:
         """Sends the request and waits for the answer's head.
 
         A kept connection may have died since its last use; then nothing of an answer has come, and
@@ -154,21 +190,24 @@ class OpenAIBackend:
         if self._session is None:
             raise errors.unreachable(self.name, "the backend is not started")
         data = None if body is None else json.dumps(body, separators=(",", ":")).encode()
-        for tries_left in reversed(range(_TRIES_ON_A_DEAD_CONNECTION)):
+        began, resent = time.monotonic(), False
+        while True:
             try:
                 return await self._session.request(
                     method,
-                    self._url + path,
+                    url,
                     data=data,
                     headers={"Content-Type": "application/json"} if data else None,
                     allow_redirects=False,
+                    timeout=timeout or self._whole,
                 )
             except aiohttp.ClientConnectorError:
                 raise
             except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
-                if not tries_left:
+                # Later than that it is not the connection that died, but the server at its work.
+                if resent or time.monotonic() - began > _DEAD_CONNECTION_S:
                     raise
-        raise AssertionError("unreachable")
+                resent = True
 
     async def _read_json(self, response: aiohttp.ClientResponse) -> dict[str, Any]:
         received = bytearray()
@@ -187,12 +226,19 @@ class OpenAIBackend:
     # ---------------------------------------------------------------- answers
 
     def _read_whole(self, found: dict[str, Any], sink: Sink) -> Ending:
+        if not found.get("choices"):
+            raise self._no_answer(found)
         try:
             choice = found["choices"][0]
             pieces = form.read_delta(choice["message"])
+            called = any(isinstance(piece, ToolCallPiece) for piece in pieces)
+            if choice.get("logprobs"):
+                pieces += form.read_logprobs(choice["logprobs"])
+            if choice.get("finish_reason") in form.BROKEN:
+                raise errors.broke(self.name, "it ended with an error of its own")
             ending = Ending(
-                form.read_finish(choice.get("finish_reason")) or "stop",
-                form.read_usage(found.get("usage")),
+                _finish(form.read_finish(choice.get("finish_reason")), called=called),
+                form.read_usage(found.get("usage"), found.get("timings")),
             )
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise errors.malformed(self.name, repr(error)) from error
@@ -200,19 +246,30 @@ class OpenAIBackend:
             sink(pieces)
         return ending
 
+    def _no_answer(self, found: dict[str, Any]) -> MeshError:
+        """The error of an answer that is none though its HTTP status says success."""
+        if found.get("error") or found.get("object") == "error":
+            return errors.from_answer(self.name, found, self._key)
+        return errors.malformed(self.name, f"it has only {', '.join(found) or 'nothing'}")
+
     async def _read_stream(self, response: aiohttp.ClientResponse, sink: Sink) -> Ending:
         parser = EventParser(self._max_bytes)
         state = _StreamState(self.name, self._key)
-        async for data in response.content.iter_any():
-            try:
-                events = parser.feed(data)
-            except ValueError as error:
-                raise errors.malformed(self.name, str(error)) from error
-            self._take(events, state, sink)
-            if state.done:
-                break
-        else:
-            self._take(parser.finish(), state, sink)
+        try:
+            async for data in response.content.iter_any():
+                try:
+                    events = parser.feed(data)
+                except ValueError as error:
+                    raise errors.malformed(self.name, str(error)) from error
+                self._take(events, state, sink)
+                if state.done:
+                    break
+            else:
+                self._take(parser.finish(), state, sink)
+        except aiohttp.ClientError:
+            # What breaks after the end of the answer takes nothing from it but the usage.
+            if state.finish is None:
+                raise
         if not state.done and state.finish is None:
             raise errors.broke(self.name, "the stream ended without a finish reason")
         if state.done:
@@ -220,7 +277,7 @@ class OpenAIBackend:
             with contextlib.suppress(TimeoutError, aiohttp.ClientError):
                 async with asyncio.timeout(_LINGER_S):
                     await response.content.read()
-        return Ending(state.finish or "stop", state.usage)
+        return Ending(_finish(state.finish, called=state.called), state.usage)
 
     def _take(self, events: list[bytes], state: _StreamState, sink: Sink) -> None:
         """Hands the pieces of events that came together to the sink together."""
@@ -236,11 +293,13 @@ class OpenAIBackend:
 class _StreamState:
     """What a stream has said besides text."""
 
-    __slots__ = ("_backend", "_secret", "done", "finish", "usage")
+    __slots__ = ("_backend", "_secret", "called", "done", "finish", "usage")
 
     def __init__(self, backend: str, secret: str) -> None:
         self._backend = backend
         self._secret = secret
+        self.called = False
+        """Whether there were tool calls."""
         self.done = False
         self.finish: FinishReason | None = None
         self.usage: Usage | None = None
@@ -251,20 +310,31 @@ class _StreamState:
             return
         try:
             chunk = _decode(event.decode())
-            if chunk.get("error"):
-                raise errors.broke(self._backend, errors.error_text(chunk["error"]), self._secret)
-            if chunk.get("usage"):
-                self.usage = form.read_usage(chunk["usage"])
+            if chunk.get("error") or chunk.get("object") == "error":
+                raise errors.from_answer(self._backend, chunk, self._secret)
+            if chunk.get("usage") or chunk.get("timings"):
+                self.usage = form.read_usage(chunk.get("usage"), chunk.get("timings"))
             for choice in chunk.get("choices") or ():
                 delta = choice.get("delta")
                 if delta:
                     pieces += form.read_delta(delta)
-                if choice.get("finish_reason") is not None:
-                    self.finish = form.read_finish(choice["finish_reason"])
+                    self.called = self.called or bool(delta.get("tool_calls"))
+                if choice.get("logprobs"):
+                    pieces += form.read_logprobs(choice["logprobs"])
+                reason = choice.get("finish_reason")
+                if reason:
+                    if reason in form.BROKEN:
+                        raise errors.broke(self._backend, f"it ended with {reason!r}")
+                    self.finish = form.read_finish(reason)
         except MeshError:
             raise
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise errors.malformed(self._backend, repr(error)) from error
+
+
+def _finish(reason: FinishReason | None, *, called: bool) -> FinishReason:
+    """Why an answer ended; some servers say ``stop`` of one that calls tools."""
+    return "tool_calls" if called and reason in ("stop", None) else reason or "stop"
 
 
 def _describe(error: BaseException) -> str:
