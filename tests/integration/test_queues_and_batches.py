@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 from support.polling import eventually, eventually_async
 
-from agent360.client import Mesh, MeshError
+from agent360.client import GenerateRequest, Mesh, MeshError
 from agent360.mesh.inference import InferenceServicer, InferenceSettings
 from agent360.mesh.runtime.server import Server
 from agent360.mesh.simulator import Simulator, SimulatorSettings
@@ -202,6 +202,50 @@ async def test_a_full_queue_refuses_with_a_time_to_come_back() -> None:
         refused = [result for result in results if isinstance(result, MeshError)]
         assert [error.reason for error in refused] == ["QUEUE_FULL"] * 3
         assert all(error.retry_after_s and error.retry_after_s > 0 for error in refused)
+
+
+async def test_a_request_can_shorten_its_wait_in_the_queue() -> None:
+    async with (
+        Simulator(SimulatorSettings(port=0, first_token_s=1.0, **SLOW)) as simulator,
+        served(simulator, models=small(), backends=backend(simulator, 1)) as (_, mesh),
+    ):
+        running = asyncio.create_task(mesh.inference.generate("first", model="small"))
+        await eventually(lambda: simulator.load.running == 1)
+        with pytest.raises(MeshError) as refused:
+            await mesh.inference.generate(
+                GenerateRequest("second", model="small", queue_timeout=0.1)
+            )
+        assert refused.value.reason == "QUEUE_DEADLINE"
+        assert refused.value.metadata["when"] == "waiting"
+        assert not running.done()
+        await running
+
+
+async def test_a_deadline_that_the_queue_cannot_meet_is_refused_on_arrival() -> None:
+    async with (
+        Simulator(SimulatorSettings(port=0, first_token_s=0.2, **SLOW)) as simulator,
+        served(simulator, models=small(), backends=backend(simulator, 1)) as (_, mesh),
+    ):
+        for number in range(5):
+            await mesh.inference.generate(f"warm {number}", model="small")
+        waiting = [
+            asyncio.create_task(mesh.inference.generate(f"prompt {n}", model="small"))
+            for n in range(20)
+        ]
+
+        async def queued() -> bool:
+            (model,) = [each async for each in mesh.inference.list_models()]
+            return model.queued == 19
+
+        await eventually_async(queued)
+        # It is due before the nineteen that wait, and would be late all the same.
+        with pytest.raises(MeshError) as refused:
+            await mesh.inference.generate("hasty", model="small", timeout=0.25)
+        assert refused.value.reason == "QUEUE_DEADLINE"
+        assert refused.value.metadata["when"] == "arrival"
+        assert refused.value.retry_after_s
+        assert simulator.load.running <= 1
+        await asyncio.gather(*waiting)
 
 
 async def test_a_caller_that_leaves_makes_room_at_once() -> None:

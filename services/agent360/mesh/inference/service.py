@@ -249,7 +249,7 @@ class GenerationService:
             call=call,
             payer=payer,
             place=place,
-            alone=True,
+            alone=prompt.cache.no_cache,
             streamed=streamed,
             most=most,
             produced=lambda flight: produced_of(flight, prompt, route),

@@ -38,7 +38,7 @@ class AnswerCacheSettings(Settings):
     near_bytes: int = Field(default=64 * 2**20, gt=0)
     """Most bytes of these copies."""
     near_tenants: int = Field(default=256, gt=0)
-    """Tenants of which copies are held at a time; each costs an open stream to the cache service."""
+    """Tenants of which copies are held at a time; each costs a stream to the cache service."""
     sharing_tenants: tuple[str, ...] = ()
     """Tenants whose requests may share answers where both say ``share``; ``*`` stands for all."""
     shared_tenant: str = Field(default="shared-answers", pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
