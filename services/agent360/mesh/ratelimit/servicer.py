@@ -7,34 +7,24 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, Final
 
-from agent360.client import AuditEvent
-from agent360.client.errors import MeshError, unimplemented
+from agent360.client.errors import MeshError
 from agent360.mesh.ratelimit.assembly import assemble
+from agent360.mesh.ratelimit.deadline import waited_s
 from agent360.mesh.ratelimit.domain import Ask, LocalDomain
 from agent360.mesh.ratelimit.envoy import EnvoyService
 from agent360.mesh.ratelimit.exposition import LimiterCollector
-from agent360.mesh.ratelimit.failures import limit_unknown, limits_are_admins
-from agent360.mesh.ratelimit.limits import TENANT
+from agent360.mesh.ratelimit.limit_rpcs import LimitRpcs
 from agent360.mesh.ratelimit.own_quota import OwnQuota
 from agent360.mesh.ratelimit.settings import RateLimitSettings
 from agent360.mesh.ratelimit.usage import UsageReport
+from agent360.mesh.ratelimit.usage_rpcs import UsageRpcs
 from agent360.mesh.ratelimit.wire import (
     MAX_SLOTS,
-    limit_message,
-    read_limit,
     read_request,
-    usage_message,
     write_decision,
 )
 from agent360.mesh.runtime.call import Call, Emit, Item
-from agent360.mesh.runtime.pages import (
-    decode_page_token,
-    encode_page_token,
-    page_size,
-    read_mask,
-)
 from agent360.mesh.runtime.service import ServiceContext, ServiceDefinition
-from agent360.mesh.runtime.telemetry import MESH_TENANT
 from agent360.mesh.runtime.validation import Violations, set_duration
 from agent360.ratelimit.v1 import ratelimit_pb2 as pb
 
@@ -56,7 +46,6 @@ class RateLimitServicer:
 
     def __init__(self, settings: RateLimitSettings, context: ServiceContext) -> None:
         self._settings = settings
-        self._mesh = context.mesh
         self._parts = assemble(settings, context.registry, context.log, self._on_load)
         self._domain = self._parts.domain
         self._in_memory = isinstance(self._domain, LocalDomain)
@@ -64,6 +53,8 @@ class RateLimitServicer:
         self.limiter = OwnQuota(self._domain, self._parts.limiter)
         """Its own domain, for the quota of its callers."""
         self._envoy = EnvoyService(self._domain, settings.envoy_tenant)
+        self._limits = LimitRpcs(settings, context.mesh, self._domain, self._book)
+        self._usage = UsageRpcs(self._domain)
         self._report = UsageReport(context.mesh.metrics)
         self._resolved: dict[str, dict[bytes, Ask]] = {}
         self._plans = 0
@@ -87,12 +78,12 @@ class RateLimitServicer:
             },
             unary={
                 "BatchCheck": self.batch_check,
-                "SetLimit": self.set_limit,
-                "GetLimit": self.get_limit,
-                "ListLimits": self.list_limits,
-                "DeleteLimit": self.delete_limit,
-                "GetUsage": self.get_usage,
-                "ListUsage": self.list_usage,
+                "SetLimit": self._limits.set_limit,
+                "GetLimit": self._limits.get_limit,
+                "ListLimits": self._limits.list_limits,
+                "DeleteLimit": self._limits.delete_limit,
+                "GetUsage": self._usage.get_usage,
+                "ListUsage": self._usage.list_usage,
             },
         )
         return own, self._envoy.definition
@@ -103,7 +94,7 @@ class RateLimitServicer:
         await self._book.start(self._domain.replace_limits)
         self._report.start()
         if self._settings.limits:
-            self._on_load("")
+            self._limits.on_load("")
 
     async def close(self) -> None:
         """See ``Servicer.close``."""
@@ -119,7 +110,7 @@ class RateLimitServicer:
             await self._check_shared(items, emit)
             return
         limiter = self._parts.limiter
-        now = limiter.clock()
+        counts, now = limiter.counts, limiter.clock()
         decide, reply = limiter.decide, emit.reply
         tenant, resolved = "", self._resolved_of("")
         for item in items:
@@ -128,7 +119,7 @@ class RateLimitServicer:
                 tenant = item.call.tenant
                 resolved = self._resolved_of(tenant)
             known = resolved.get(request.SerializeToString())
-            if known is None or self._generation != limiter.generation:
+            if known is None or self._generation != counts.generation:
                 try:
                     known = self._resolve(tenant, request)
                 except MeshError as error:
@@ -150,6 +141,7 @@ class RateLimitServicer:
                 emit.fail(item, error)
                 continue
             asked.append(item)
+        waited_s.set(max((item.call.waited_s for item in asked), default=0.0))
         for item, ask, decision in zip(asked, asks, await self._domain.decide(asks), strict=True):
             write_decision(emit.reply(item).decision, decision)
             self._report.note(item.call.tenant, decision, ask.hits)
@@ -275,129 +267,17 @@ class RateLimitServicer:
             faults.nested(f"requests[{index}]", partial(read_request, each))
         faults.raise_if_any()
         asks = [self._ask(call.tenant, each) for each in request.requests]
+        waited_s.set(call.waited_s)
         response = pb.BatchCheckResponse()
         for ask, decision in zip(asks, await self._domain.decide(asks), strict=True):
             write_decision(response.decisions.add(), decision)
             self._report.note(call.tenant, decision, ask.hits)
         return response
 
-    async def set_limit(self, call: Call, request: Any) -> Any:
-        """Makes or replaces a limit."""
-        if not call.principal.admin:
-            raise limits_are_admins()
-        faults = Violations()
-        faults.require("limit", request.HasField("limit"), "must be given")
-        faults.raise_if_any()
-        inner = Violations()
-        limit = read_limit(request.limit, inner)
-        faults.nested("limit", lambda nested: nested.found.extend(inner.found))
-        faults.raise_if_any()
-        before = self._book.limits.find(*limit.key)
-        limit = await self._book.put(limit)
-        self._audit("set", limit.limit_id, call, limit.tenant, str(limit.amount), before)
-        return pb.SetLimitResponse(limit=limit_message(limit))
-
-    async def delete_limit(self, call: Call, request: Any) -> Any:
-        """Removes a limit that was set."""
-        if not call.principal.admin:
-            raise limits_are_admins()
-        before = self._book.limits.find(request.limit_id, request.tenant, request.plan)
-        await self._book.remove((request.limit_id, request.tenant, request.plan))
-        self._audit("delete", request.limit_id, call, request.tenant, "", before)
-        return pb.DeleteLimitResponse()
-
-    async def get_limit(self, call: Call, request: Any) -> Any:
-        """Reads the limit in force for the tenant."""
-        limit = self._domain.limits.of(call.tenant).get(request.limit_id)
-        if limit is None:
-            raise limit_unknown(request.limit_id)
-        masked = read_mask(request, pb.Limit)
-        return pb.GetLimitResponse(limit=masked(limit_message(limit)))
-
-    async def list_limits(self, call: Call, request: Any) -> Any:
-        """Lists the limits in force for the tenant, in the order of their ids."""
-        size = page_size(request.page_size)
-        after = decode_page_token(call.tenant, b"limits", request.page_token)
-        masked = read_mask(request, pb.Limit)
-        limits = self._domain.limits.of(call.tenant)
-        ids = sorted(each for each in limits if after is None or each > after)
-        response = pb.ListLimitsResponse()
-        for limit_id in ids[:size]:
-            response.limits.append(masked(limit_message(limits[limit_id])))
-        if len(ids) > size:
-            response.next_page_token = encode_page_token(call.tenant, b"limits", ids[size - 1])
-        return response
-
-    async def get_usage(self, call: Call, request: Any) -> Any:
-        """Reads the usage of one count; one that was never used is whole."""
-        limit = self._domain.limits.of(call.tenant).get(request.limit_id)
-        if limit is None:
-            raise limit_unknown(request.limit_id)
-        if not limit.tenants_apart:
-            raise unimplemented("usage of limits that count several tenants together")
-        wanted = dict(request.counted_by)
-        if wanted.keys() == set(limit.per) - {TENANT}:
-            known = {**wanted, TENANT: call.tenant}
-            key = (*limit.key, limit.kind, *(known[fact] for fact in limit.per))
-            for usage in await self._domain.usage(call.tenant, key):
-                return pb.GetUsageResponse(usage=usage_message(usage))
-        return pb.GetUsageResponse(
-            usage=pb.Usage(
-                limit_id=limit.limit_id, counted_by=wanted, remaining=limit.size, limit=limit.size
-            )
-        )
-
-    async def list_usage(self, call: Call, request: Any) -> Any:
-        """Lists the counts of the tenant that are in use, by limit and facts."""
-        size = page_size(request.page_size)
-        query = b"usage/" + request.limit_id.encode()
-        after = decode_page_token(call.tenant, query, request.page_token)
-        masked = read_mask(request, pb.Usage)
-        rows = sorted(
-            (
-                ([usage.limit_id, *(value for _, value in usage.counted_by)], usage)
-                for usage in await self._domain.usage(call.tenant)
-                if request.limit_id in ("", usage.limit_id)
-            ),
-            key=lambda row: row[0],
-        )
-        rows = [row for row in rows if after is None or row[0] > after]
-        response = pb.ListUsageResponse()
-        for _, usage in rows[:size]:
-            response.usages.append(masked(usage_message(usage)))
-        if len(rows) > size:
-            response.next_page_token = encode_page_token(call.tenant, query, rows[size - 1][0])
-        return response
-
     # ---------------------------------------------------------------- within
 
     def _on_load(self, fault: str) -> None:
-        """The limits file was read; ``fault`` is what was wrong, if anything."""
-        if self._settings.limits is None:
-            return
-        event = AuditEvent(
-            "ratelimit.limits.load",
-            f"files/{self._settings.limits.name}",
-            actor="ratelimit",
-            outcome="failed" if fault else "succeeded",
-            attributes={"fault": fault[:256]} if fault else {},
-        )
-        self._mesh.audit.note(event, tenant=MESH_TENANT)
-
-    def _audit(
-        self, what: str, limit_id: str, call: Call, tenant: str, amount: str, before: Any
-    ) -> None:
-        event = AuditEvent(
-            f"ratelimit.limits.{what}",
-            f"limits/{limit_id}",
-            actor=call.principal.name,
-            attributes={
-                "tenant": tenant,
-                "amount": amount,
-                "before": "" if before is None else str(before.amount),
-            },
-        )
-        self._mesh.audit.note(event, tenant=tenant or MESH_TENANT)
+        self._limits.on_load(fault)
 
     def _ask(self, tenant: str, request: Any) -> Ask:
         known = self._resolved_of(tenant).get(request.SerializeToString())
@@ -436,6 +316,7 @@ async def _each(items: Sequence[Item], emit: Emit, handle: Any) -> None:
     """Handles items at once; one's failure is its own."""
 
     async def one(item: Item) -> None:
+        waited_s.set(item.call.waited_s)
         try:
             await handle(item, emit)
         except MeshError as error:
