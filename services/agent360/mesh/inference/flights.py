@@ -22,6 +22,7 @@ from agent360.mesh.inference.answers import (
 from agent360.mesh.inference.metering.sharing import SharedBill
 from agent360.mesh.inference.metering.till import Charge
 from agent360.mesh.inference.ports import Payer
+from agent360.mesh.inference.queueing import Ticket
 from agent360.mesh.inference.routing import Route
 from agent360.mesh.inference.tokens import size_of
 
@@ -56,6 +57,10 @@ class Flight(Generic[T]):
         """When the model was asked, on the monotonic clock."""
         self.first_piece: float | None = None
         """When it first said something."""
+        self.wanted_until: float | None = None
+        """The latest deadline of those who wait, on the monotonic clock; None: nobody told one."""
+        self.ticket: Ticket | None = None
+        """What the model's queue was told of it, once it was."""
         self.followers: set[Follower[T]] = set()
         self.task: asyncio.Task[None] | None = None
 
@@ -68,6 +73,13 @@ class Flight(Generic[T]):
         """Notes that limits let the call pass."""
         self.admitted = True
         self._wake()
+
+    def want(self, until: float) -> None:
+        """Notes that somebody waits until a deadline, on the monotonic clock."""
+        if self.wanted_until is None or until > self.wanted_until:
+            self.wanted_until = until
+            if self.ticket is not None:
+                self.ticket.deadline = until
 
     def push(self, pieces: Sequence[Piece]) -> None:
         """Adds what the model said."""

@@ -72,11 +72,11 @@ class ChargedRuns:
         async with contextlib.AsyncExitStack() as held:
             await self._admit(flight, most, route, held)
             session = affinity_key(route.model, prompt, call.tenant)
-            ticket = Ticket(
+            flight.ticket = ticket = Ticket(
                 call.tenant,
                 int(call.priority),
                 most.tokens,
-                deadline=call.deadline,
+                deadline=flight.wanted_until,
                 shared=True,
                 session=session,
                 timeout_s=prompt.hints.queue_timeout_s,
@@ -100,11 +100,11 @@ class ChargedRuns:
         bill = Bill()
         async with contextlib.AsyncExitStack() as held:
             await self._admit(flight, most, route, held)
-            ticket = Ticket(
+            flight.ticket = ticket = Ticket(
                 call.tenant,
                 int(call.priority),
                 most.tokens,
-                deadline=call.deadline,
+                deadline=flight.wanted_until,
                 shared=True,
             )
             try:

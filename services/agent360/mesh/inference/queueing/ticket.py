@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Ticket:
     """Whose request wants a turn of a model, how large it is and how soon it is needed.
 
@@ -20,7 +20,8 @@ class Ticket:
     tokens: int = 1
     """Tokens of prompt and answer together, estimated."""
     deadline: float | None = None
-    """When the answer is no longer wanted, on the monotonic clock (seconds); None: never."""
+    """When the answer is no longer wanted, on the monotonic clock (seconds); None: never. Where
+    it is shared, it moves on as others come to wait."""
     shared: bool = False
     """Whether others may wait for the same answer, beyond the deadline: then it decides who goes
     first and whether to begin at all, but ends no wait."""
