@@ -522,3 +522,76 @@ async def test_many_callers_at_once_are_answered_each_with_its_own(client: Async
     streams = await asyncio.gather(*map(streamed, range(60)))
     assert wholes == streams
     assert all(f"number{place} " in text for place, text in enumerate(wholes))
+
+
+# -------------------------------------------------------------------- what models tell beside
+
+
+async def test_probabilities_of_tokens_are_told_whole_and_in_chunks(client: AsyncOpenAI) -> None:
+    more: dict[str, Any] = {"logprobs": True, "top_logprobs": 2, "messages": HELLO}
+    answer = await client.chat.completions.create(model="small", **more)
+    told = answer.choices[0].logprobs
+    assert told is not None
+    assert told.content is not None
+    assert "".join(each.token for each in told.content) == answer.choices[0].message.content
+    for each in told.content:
+        assert each.logprob < 0
+        assert bytes(each.bytes or ()).decode() == each.token
+        assert [other.token for other in each.top_logprobs] == [each.token, f"{each.token}~1"]
+    stream = await client.chat.completions.create(
+        model="small",
+        stream=True,
+        extra_body={"agent360": {"cache": {"no_cache": True}}},
+        **more,
+    )
+    chunks = [choice async for chunk in stream for choice in chunk.choices]
+    streamed = [each for choice in chunks if choice.logprobs for each in choice.logprobs.content]
+    assert streamed == told.content
+
+
+async def test_probabilities_are_left_out_where_nobody_asked(client: AsyncOpenAI) -> None:
+    answer = await client.chat.completions.create(model="small", messages=HELLO)
+    assert answer.choices[0].logprobs is None
+
+
+async def test_what_a_model_thinks_is_told_apart_from_what_it_says(client: AsyncOpenAI) -> None:
+    ask = asking("Name three rivers [[sim:think=12]]")
+    whole = await client.chat.completions.create(model="small", messages=ask)
+    message = whole.choices[0].message
+    thought = (message.model_extra or {})["reasoning_content"]
+    assert len(thought.split()) == 12
+    assert thought not in (message.content or "")
+    stream = await client.chat.completions.create(model="small", messages=ask, stream=True)
+    deltas = [choice.delta async for chunk in stream for choice in chunk.choices]
+    extras = [(delta.model_extra or {}).get("reasoning_content", "") for delta in deltas]
+    assert "".join(extras) == thought
+    assert "".join(delta.content or "" for delta in deltas) == message.content
+    assert whole.usage is not None
+    said = len((message.content or "").split())
+    assert whole.usage.completion_tokens >= said + 12
+
+
+async def test_answers_say_what_decided_and_what_chose_among_backends(server: Server) -> None:
+    async with sdk(server) as client:
+        raw = await client.chat.completions.with_raw_response.create(
+            model="auto", messages=HELLO, extra_body={"agent360": {"hints": {"session_id": "s"}}}
+        )
+        told = (raw.parse().model_extra or {})["agent360"]
+        assert told["rule"] == "auto:simple"
+        assert told["because"].startswith("length: ")
+        assert told["policy"] == "only"
+        assert raw.headers["x-agent360-because"] == told["because"]
+        streaming = await client.chat.completions.with_raw_response.create(
+            model="auto", messages=asking("Name three lakes"), stream=True
+        )
+        assert streaming.headers["x-agent360-because"].startswith("length: ")
+        chunks = [chunk async for chunk in streaming.parse()]
+    told = (chunks[-1].model_extra or {})["agent360"]
+    assert (told["rule"], told["policy"]) == ("auto:simple", "only")
+    assert told["because"].startswith("length: ")
+
+
+async def test_named_models_have_no_header_of_what_decided(client: AsyncOpenAI) -> None:
+    raw = await client.chat.completions.with_raw_response.create(model="small", messages=HELLO)
+    assert "x-agent360-because" not in raw.headers
+    assert (raw.parse().model_extra or {})["agent360"]["because"] == ""

@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 from support.polling import eventually, eventually_async
 
-from agent360.client import Answer, Mesh, MeshError
+from agent360.client import Answer, GenerateRequest, Mesh, MeshError
 from agent360.client.errors import DeadlineExceededError
 from agent360.mesh.inference import InferenceServicer, InferenceSettings
 from agent360.mesh.runtime.server import Server
@@ -115,3 +115,21 @@ async def test_a_hopeless_call_is_refused_on_arrival_and_a_later_one_of_its_kind
         assert refused.value.metadata["when"] == "arrival"
         assert (await mesh.inference.generate("the same", model="small", timeout=20.0)).text
         await asyncio.gather(*waiting)
+
+
+async def test_who_would_wait_longer_for_a_turn_is_not_given_up_with_one_who_would_not() -> None:
+    async with Simulator(even(0.6)) as simulator, served(simulator) as mesh:
+        running = asyncio.create_task(mesh.inference.generate("first", model="small"))
+        await eventually(lambda: simulator.load.running == 1)
+        short = GenerateRequest("same", model="small", queue_timeout=0.2)
+        hasty = asyncio.create_task(mesh.inference.generate(short))
+        await in_line(mesh, 1)
+        alike = asyncio.create_task(mesh.inference.generate(short))
+        patient = asyncio.create_task(mesh.inference.generate("same", model="small"))
+        for each in (hasty, alike):
+            with pytest.raises(MeshError) as refused:
+                await each
+            assert refused.value.reason == "QUEUE_DEADLINE"
+        assert (await patient).text
+        await running
+        assert simulator.load.requests == 2

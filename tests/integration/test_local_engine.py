@@ -98,6 +98,16 @@ async def test_every_piece_is_valid_text_though_the_model_makes_any_bytes(backen
     assert ending.usage.output_tokens <= 500
 
 
+async def test_probabilities_of_tokens_are_told(backend):
+    sampling = Sampling(temperature=0.0, max_tokens=8, logprobs=True, top_logprobs=3)
+    pieces, _ = await run(backend, prompt("Hi", sampling=sampling))
+    told = merge(pieces).logprobs
+    assert told
+    for each in told:
+        assert each.logprob <= 0
+        assert len(each.alternatives) == 3
+
+
 async def test_eight_streams_are_generated_at_the_same_time(backend):
     speaking: set[int] = set()
     together = 0

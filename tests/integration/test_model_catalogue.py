@@ -1,6 +1,7 @@
 """The catalogue over gRPC: its file, health, warm-up, and what ListModels shows."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -328,3 +329,29 @@ async def test_a_backend_that_is_not_probed_is_ready_once_it_is_warm(simulator):
         assert warm_ups(simulator) == 1
         assert await health_is(mesh, "small", pb.MODEL_HEALTH_READY)()
     assert simulator.load.by_path["/v1/models"] == 0
+
+
+async def test_a_backend_that_is_left_alone_says_until_when():
+    models = [{"name": "small", "upstream_model": "sim-small", "backends": ["ill", "busy"]}]
+    failing = QUICK.model_copy(update={"error_rate": 1.0})
+    limited = {"error_rate": 1.0, "error_status": 429, "error_retry_after_s": 60.0}
+    async with (
+        Simulator(failing) as ill,
+        Simulator(QUICK.model_copy(update=limited)) as busy,
+    ):
+        backends = [
+            {"name": "ill", "url": ill.url, "breaker": {"consecutive_failures": 1, "open_s": 30}},
+            {"name": "busy", "url": busy.url, "breaker": {"max_rest_s": 60}},
+        ]
+        async with connected("inference", backends=backends, models=models, **ALONE) as mesh:
+            for state in (await mesh.inference.get_model("small")).backend_states:
+                assert state.breaker == pb.BREAKER_STATE_CLOSED
+                assert not state.HasField("resting_until")
+            with pytest.raises(MeshError):
+                await mesh.inference.generate("Hi", model="small", timeout=5)
+            (listed,) = [each async for each in mesh.inference.list_models()]
+    now = time.time()
+    opened, resting = listed.backend_states
+    assert (opened.breaker, resting.breaker) == (pb.BREAKER_STATE_OPEN, pb.BREAKER_STATE_CLOSED)
+    assert 20 < opened.resting_until.ToNanoseconds() / 1e9 - now <= 30
+    assert 50 < resting.resting_until.ToNanoseconds() / 1e9 - now <= 60

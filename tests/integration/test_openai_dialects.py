@@ -362,3 +362,21 @@ async def test_vectors_as_numbers_and_without_an_index_are_read():
     async with recorded({"error": "too busy"}, streamed=False) as (backend, _):
         with pytest.raises(MeshError, match="too busy"):
             await backend.embed(request, "m")
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+async def test_thoughts_are_read_by_both_names_that_servers_give_them(name):
+    body = events(
+        chunk({"role": "assistant", "content": None, name: "Let me "}),
+        chunk({name: "see.", "content": ""}),
+        chunk({"content": "Yes", name: None}),
+        chunk(finish="stop"),
+    )
+    async with recorded(body) as (backend, _):
+        said, _ = await run(backend)
+    assert (said.reasoning, said.content) == ("Let me see.", "Yes")
+    message = {"role": "assistant", "content": "Yes", name: "Let me see."}
+    whole = {"choices": [{"message": message, "finish_reason": "stop"}]}
+    async with recorded(whole, streamed=False) as (backend, _):
+        said, _ = await run(backend, streamed=False)
+    assert (said.reasoning, said.content) == ("Let me see.", "Yes")

@@ -293,7 +293,8 @@ async def test_a_page_in_a_browser_cannot_spend_anything(
     async with fronted(simulator) as server:
         simple = {"content-type": "text/plain", "origin": "https://evil.example"}
         status, said, _ = await posted(session, server, body, headers=simple)
-        asking_first = await session.options(base_url(server) + "/chat/completions")
+        async with session.options(base_url(server) + "/chat/completions") as asking_first:
+            await asking_first.read()
     assert (status, said["error"]["param"]) == (400, "header content-type")
     assert not [name for name in asking_first.headers if name.lower().startswith("access-control")]
     assert simulator.load.by_path["/v1/chat/completions"] == 0

@@ -13,6 +13,7 @@ from support.upstream_rig import all_settled, model, route, upstream_rig
 from agent360.client.errors import MeshError
 from agent360.mesh.inference.failover.breaker import State
 from agent360.mesh.inference.failover.settings import HedgeSettings, RetrySettings
+from agent360.mesh.inference.tokens import estimate_text
 
 OFTEN = RetrySettings(max_tries=5, backoff_s=0.01)
 NO_BREAKER = {"breaker": {"enabled": False}}
@@ -160,6 +161,18 @@ async def test_a_stalled_server_is_left_at_the_deadline_of_a_try(streamed):
         wasted, used = rig.bills[0].spent
         assert (wasted.wasted, used.wasted) == (True, False)
         assert rig.bills[0].tokens == used.usage.input_tokens + used.usage.output_tokens
+
+
+async def test_a_model_that_thinks_is_not_silent_and_its_thoughts_are_paid_for():
+    retry = RetrySettings(first_token_timeout_s=0.3)
+    async with upstream_rig({"thinks": {}, "other": {}}, retry=retry) as rig:
+        way = route(model("m", "thinks"), model("n", "other"))
+        said = "[[sim:itl=0.05]] [[sim:think=12]] [[sim:no_usage]] [[sim:tokens=4]]"
+        text, ran = await rig.ask(said, way)
+        assert (ran.backend, ran.tries) == ("thinks", 1)
+        (used,) = rig.bills[0].spent
+        assert used.usage.estimated
+        assert used.usage.output_tokens > estimate_text(len(text)) + 12
 
 
 async def test_what_comes_whole_may_be_silent_for_longer_than_a_stream():

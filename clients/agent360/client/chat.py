@@ -213,6 +213,8 @@ class Answer:
     """Seconds from the service's receiving the request to the end of the answer."""
     logprobs: tuple[TokenLogprob, ...] = ()
     """How probable its tokens were; empty where it was not asked for or is not known."""
+    reasoning: str = ""
+    """What the model thought before it answered, where its backend tells."""
 
 
 def fill_request(message: Any, request: GenerateRequest) -> None:
@@ -265,9 +267,12 @@ def read_logprobs(found: Iterable[Any]) -> tuple[TokenLogprob, ...]:
 
 
 def read_answer(
-    response: Any, text: str | None = None, logprobs: Sequence[TokenLogprob] = ()
+    response: Any,
+    text: str | None = None,
+    logprobs: Sequence[TokenLogprob] = (),
+    reasoning: str = "",
 ) -> Answer:
-    """Reads a wire GenerateResponse; for streams, ``text`` and ``logprobs`` stand for its own."""
+    """Reads a wire GenerateResponse; for streams, what was streamed stands for its own."""
     message, usage = response.message, response.usage
     routing, timing = response.routing, response.timing
     first, found = timing.first_token, response.logprobs
@@ -291,6 +296,7 @@ def read_answer(
         first_token_s=first.ToNanoseconds() / 1e9 if timing.HasField("first_token") else None,
         total_s=timing.total.ToNanoseconds() / 1e9,
         logprobs=tuple(logprobs) or (read_logprobs(found) if found else ()),
+        reasoning=reasoning or message.reasoning,
     )
 
 

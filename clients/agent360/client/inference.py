@@ -49,6 +49,8 @@ class Delta(Struct, frozen=True, gc=False):
     """Pieces of tool calls."""
     logprobs: tuple[TokenLogprob, ...] = ()
     """How probable the tokens of this piece were, where that was asked for and is known."""
+    reasoning: str = ""
+    """Text to append to what the model thought before it answered."""
 
 
 class Embeddings(Struct, frozen=True, gc=False):
@@ -122,6 +124,7 @@ class AnswerStream:
         coalescer.prepare(operation, self._timeout, self._tenant)
         await coalescer.take_turn(operation.deadline, 1)
         pieces: list[str] = []
+        thoughts: list[str] = []
         logprobs: list[TokenLogprob] = []
         taken = 0
         try:
@@ -132,11 +135,15 @@ class AnswerStream:
                 pieces.append(event.text)
                 if event.logprobs:
                     logprobs += event.logprobs
+                if event.reasoning:
+                    thoughts.append(event.reasoning)
                 taken += 1
                 if taken % (_CREDITS // 2) == 0:
                     coalescer.give_credit(operation, operation.item_id, _CREDITS // 2)
                 yield event
-            self._answer = read_answer(operation.final, "".join(pieces), logprobs)
+            self._answer = read_answer(
+                operation.final, "".join(pieces), logprobs, "".join(thoughts)
+            )
         finally:
             self.batch_size = operation.batch_size
             if not operation.ended:
@@ -394,7 +401,7 @@ class _StreamGenerate:
             return False
         delta = response.delta
         logprobs = read_logprobs(delta.logprobs) if delta.logprobs else ()
-        self._put(Delta(delta.content, tuple(delta.tool_calls), logprobs))
+        self._put(Delta(delta.content, tuple(delta.tool_calls), logprobs, delta.reasoning))
         return True
 
     def fail(self, error: MeshError) -> None:

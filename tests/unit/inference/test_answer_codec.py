@@ -41,6 +41,7 @@ answers = st.builds(
     model=st.text(),
     backend=st.text(),
     logprobs=st.lists(logprobs, max_size=3).map(tuple),
+    reasoning=st.text(),
 )
 
 
@@ -55,6 +56,7 @@ def test_a_replayed_answer_says_the_same(answer):
     assert said.content == answer.content
     assert whole_calls(said) == answer.tool_calls
     assert said.logprobs == answer.logprobs
+    assert said.reasoning == answer.reasoning
 
 
 def test_kept_vectors_come_back_as_they_were():

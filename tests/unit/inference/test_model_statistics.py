@@ -7,6 +7,7 @@ from collections import Counter
 from prometheus_client import CollectorRegistry, generate_latest
 
 from agent360.mesh.inference.queueing import Statistics
+from agent360.mesh.runtime.telemetry import MESH_TENANT
 
 
 class Heard:
@@ -14,6 +15,7 @@ class Heard:
 
     def __init__(self) -> None:
         self.rows: Counter[tuple[str, str, str]] = Counter()
+        self.observed: dict[str, list[float]] = {}
 
     def count(
         self,
@@ -28,6 +30,7 @@ class Heard:
         self, name: str, value: float, labels: dict[str, str] | None = None, tenant: str = ""
     ) -> None:
         self.rows[name, tenant, ""] += 1
+        self.observed.setdefault(name, []).append(value)
 
 
 def test_prometheus_gets_tritons_measures_without_tenants() -> None:
@@ -71,3 +74,12 @@ def test_the_metrics_service_gets_them_with_tenants() -> None:
         ("inference_compute_duration_seconds", "acme", ""): 1,
         ("inference_request_failure_total", "zeta", "QUEUE_FULL"): 1,
     }
+
+
+def test_sizes_of_batches_are_told_under_no_callers_name() -> None:
+    heard = Heard()
+    counts = Statistics(heard).of("embedder")
+    counts.executed(64, 0.2)
+    counts.executed(1, 0.1)
+    assert heard.observed == {"inference_batch_size": [64.0, 1.0]}
+    assert heard.rows == {("inference_batch_size", MESH_TENANT, ""): 2}

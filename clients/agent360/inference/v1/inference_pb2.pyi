@@ -10,6 +10,7 @@ from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
 from google.protobuf import struct_pb2 as _struct_pb2
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.rpc import status_pb2 as _status_pb2
@@ -236,6 +237,34 @@ MODEL_HEALTH_WARMING: ModelHealth.ValueType  # 4
 """Its backends answer, and have yet to run its warm-up."""
 Global___ModelHealth: _TypeAlias = ModelHealth  # noqa: Y015
 
+class _BreakerState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _BreakerStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_BreakerState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    BREAKER_STATE_UNSPECIFIED: _BreakerState.ValueType  # 0
+    """Never sent."""
+    BREAKER_STATE_CLOSED: _BreakerState.ValueType  # 1
+    """Everything."""
+    BREAKER_STATE_HALF_OPEN: _BreakerState.ValueType  # 2
+    """One request at a time, to see how the backend is."""
+    BREAKER_STATE_OPEN: _BreakerState.ValueType  # 3
+    """Nothing: the backend failed too often."""
+
+class BreakerState(_BreakerState, metaclass=_BreakerStateEnumTypeWrapper):
+    """What the circuit breaker of a backend lets through."""
+
+BREAKER_STATE_UNSPECIFIED: BreakerState.ValueType  # 0
+"""Never sent."""
+BREAKER_STATE_CLOSED: BreakerState.ValueType  # 1
+"""Everything."""
+BREAKER_STATE_HALF_OPEN: BreakerState.ValueType  # 2
+"""One request at a time, to see how the backend is."""
+BREAKER_STATE_OPEN: BreakerState.ValueType  # 3
+"""Nothing: the backend failed too often."""
+Global___BreakerState: _TypeAlias = BreakerState  # noqa: Y015
+
 @_typing.final
 class Message(_message.Message):
     """One message of a conversation."""
@@ -248,6 +277,7 @@ class Message(_message.Message):
     TOOL_CALLS_FIELD_NUMBER: _builtins.int
     TOOL_CALL_ID_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
+    REASONING_FIELD_NUMBER: _builtins.int
     role: Global___Role.ValueType
     """Who speaks."""
     content: _builtins.str
@@ -256,6 +286,8 @@ class Message(_message.Message):
     """The call that this is the result of; ROLE_TOOL only."""
     name: _builtins.str
     """Name of the speaker, where several share a role."""
+    reasoning: _builtins.str
+    """Of a model's message: what it thought before it answered, where its backend tells. Of a request: not passed on to the model."""
     @_builtins.property
     def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ContentPart]:
         """What is said, where it is more than one text; content must then be empty."""
@@ -273,10 +305,11 @@ class Message(_message.Message):
         tool_calls: _abc.Iterable[Global___ToolCall] | None = ...,
         tool_call_id: _builtins.str = ...,
         name: _builtins.str = ...,
+        reasoning: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "name", b"name", "parts", b"parts", "role", b"role", "tool_call_id", b"tool_call_id", "tool_calls", b"tool_calls"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "name", b"name", "parts", b"parts", "reasoning", b"reasoning", "role", b"role", "tool_call_id", b"tool_call_id", "tool_calls", b"tool_calls"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1020,8 +1053,11 @@ class Delta(_message.Message):
     CONTENT_FIELD_NUMBER: _builtins.int
     TOOL_CALLS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    REASONING_FIELD_NUMBER: _builtins.int
     content: _builtins.str
     """Text to append."""
+    reasoning: _builtins.str
+    """Text to append to what the model thought before it answered."""
     @_builtins.property
     def tool_calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___ToolCallDelta]:
         """Pieces of tool calls."""
@@ -1036,10 +1072,11 @@ class Delta(_message.Message):
         content: _builtins.str = ...,
         tool_calls: _abc.Iterable[Global___ToolCallDelta] | None = ...,
         logprobs: _abc.Iterable[Global___TokenLogprob] | None = ...,
+        reasoning: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "logprobs", b"logprobs", "tool_calls", b"tool_calls"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "logprobs", b"logprobs", "reasoning", b"reasoning", "tool_calls", b"tool_calls"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1363,6 +1400,8 @@ class ModelBackend(_message.Message):
     RUNNING_FIELD_NUMBER: _builtins.int
     OUTSTANDING_TOKENS_FIELD_NUMBER: _builtins.int
     LATENCY_FIELD_NUMBER: _builtins.int
+    BREAKER_FIELD_NUMBER: _builtins.int
+    RESTING_UNTIL_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     health: Global___ModelHealth.ValueType
@@ -1373,9 +1412,17 @@ class ModelBackend(_message.Message):
     """Requests of all models that it is working on now."""
     outstanding_tokens: _builtins.int
     """Tokens that these will probably take, of prompts and answers."""
+    breaker: Global___BreakerState.ValueType
+    """What its circuit breaker lets through now."""
     @_builtins.property
     def latency(self) -> _duration_pb2.Duration:
         """Moving average of the time its answers took. Absent: none lately."""
+
+    @_builtins.property
+    def resting_until(self) -> _timestamp_pb2.Timestamp:
+        """Before this time it is not asked for the model: its breaker is open, or it said so itself (Retry-After). Absent: it may be
+        asked now, or is being probed by a request.
+        """
 
     def __init__(
         self,
@@ -1386,10 +1433,12 @@ class ModelBackend(_message.Message):
         running: _builtins.int = ...,
         outstanding_tokens: _builtins.int = ...,
         latency: _duration_pb2.Duration | None = ...,
+        breaker: Global___BreakerState.ValueType = ...,
+        resting_until: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["latency", b"latency"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["latency", b"latency", "resting_until", b"resting_until"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["health", b"health", "latency", b"latency", "name", b"name", "outstanding_tokens", b"outstanding_tokens", "running", b"running", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["breaker", b"breaker", "health", b"health", "latency", b"latency", "name", b"name", "outstanding_tokens", b"outstanding_tokens", "resting_until", b"resting_until", "running", b"running", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

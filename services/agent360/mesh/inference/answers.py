@@ -39,8 +39,15 @@ class TokenLogprob(NamedTuple):
     """The most probable tokens at its place."""
 
 
-Piece = str | ToolCallPiece | TokenLogprob
-"""What a model says at a time: text, a piece of a tool call, or how probable its text was."""
+class ReasoningPiece(NamedTuple):
+    """A piece of what a model thinks before it answers."""
+
+    text: str
+
+
+Piece = str | ToolCallPiece | TokenLogprob | ReasoningPiece
+"""What a model says at a time: text, a piece of a tool call, how probable its text was, or what it
+thinks."""
 
 
 class Delta(NamedTuple):
@@ -49,6 +56,7 @@ class Delta(NamedTuple):
     content: str
     tool_calls: tuple[ToolCallPiece, ...]
     logprobs: tuple[TokenLogprob, ...] = ()
+    reasoning: str = ""
 
 
 class Source(Enum):
@@ -90,6 +98,8 @@ class Answer:
     model: str
     backend: str
     logprobs: tuple[TokenLogprob, ...] = ()
+    reasoning: str = ""
+    """What the model thought before it answered, where the backend tells."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +115,7 @@ class Embeddings:
 def merge(pieces: Iterable[Piece]) -> Delta:
     """Puts pieces together: one text, and one piece for each tool call among them."""
     texts: list[str] = []
+    thoughts: list[str] = []
     calls: dict[int, tuple[str, str, list[str]]] = {}
     logprobs: list[TokenLogprob] = []
     for piece in pieces:
@@ -113,6 +124,9 @@ def merge(pieces: Iterable[Piece]) -> Delta:
             continue
         if isinstance(piece, TokenLogprob):
             logprobs.append(piece)
+            continue
+        if isinstance(piece, ReasoningPiece):
+            thoughts.append(piece.text)
             continue
         known_id, known_name, arguments = calls.get(piece.place, ("", "", []))
         arguments.append(piece.arguments)
@@ -124,6 +138,7 @@ def merge(pieces: Iterable[Piece]) -> Delta:
             for place, (call_id, name, arguments) in sorted(calls.items())
         ),
         tuple(logprobs),
+        "".join(thoughts),
     )
 
 
@@ -134,7 +149,9 @@ def whole_calls(delta: Delta) -> tuple[ToolCall, ...]:
 
 def as_pieces(answer: Answer) -> list[Piece]:
     """The pieces of an answer that is already whole, for replaying it as a stream."""
-    pieces: list[Piece] = [answer.content] if answer.content else []
+    pieces: list[Piece] = [ReasoningPiece(answer.reasoning)] if answer.reasoning else []
+    if answer.content:
+        pieces.append(answer.content)
     pieces += [
         ToolCallPiece(place, call.id, call.name, call.arguments)
         for place, call in enumerate(answer.tool_calls)

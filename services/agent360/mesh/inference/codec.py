@@ -10,7 +10,7 @@ from typing import Any, Final
 from agent360.mesh.inference.answers import Answer, Embeddings, TokenLogprob, Usage
 from agent360.mesh.inference.conversation import ToolCall
 
-_VERSION: Final = 2
+_VERSION: Final = 3
 
 
 def encode_answer(answer: Answer) -> bytes:
@@ -25,6 +25,7 @@ def encode_answer(answer: Answer) -> bytes:
             answer.model,
             answer.backend,
             [_encode_logprob(each) for each in answer.logprobs],
+            answer.reasoning,
         ],
         separators=(",", ":"),
     ).encode()
@@ -33,9 +34,10 @@ def encode_answer(answer: Answer) -> bytes:
 def decode_answer(data: bytes) -> Answer | None:
     """The answer in bytes; None if they are of another version or garbled."""
     try:
-        version, content, calls, finish, usage, model, backend, logprobs = json.loads(data)
+        version, *said = json.loads(data)
         if version != _VERSION:
             return None
+        content, calls, finish, usage, model, backend, logprobs, reasoning = said
         return Answer(
             content=content,
             tool_calls=tuple(ToolCall(*call) for call in calls),
@@ -44,6 +46,7 @@ def decode_answer(data: bytes) -> Answer | None:
             model=model,
             backend=backend,
             logprobs=tuple(map(_decode_logprob, logprobs)),
+            reasoning=reasoning,
         )
     except (ValueError, TypeError):
         return None

@@ -14,6 +14,7 @@ from agent360.mesh.inference.answers import (
     Answer,
     Delta,
     Piece,
+    ReasoningPiece,
     Source,
     TokenLogprob,
     as_pieces,
@@ -61,6 +62,8 @@ class Flight(Generic[T]):
         """The latest deadline of those who wait, on the monotonic clock; None: nobody told one."""
         self.ticket: Ticket | None = None
         """What the model's queue was told of it, once it was."""
+        self.patience_s: float | None = None
+        """The longest wait for a turn of the model that whom it began for allows; None: any."""
         self.followers: set[Follower[T]] = set()
         self.task: asyncio.Task[None] | None = None
 
@@ -271,4 +274,6 @@ def _size(piece: Piece) -> int:
     if isinstance(piece, TokenLogprob):
         # It tells of tokens that were counted as text.
         return 0
+    if isinstance(piece, ReasoningPiece):
+        return size_of(piece.text)
     return size_of(piece.arguments) + len(piece.name) + len(piece.id)

@@ -39,6 +39,8 @@ class Share(Generic[T]):
     """What a flight that answers it has used so far."""
     fly: Work[T]
     """Answers it."""
+    patience_s: float | None = None
+    """The longest wait for a turn of the model that the request allows; None: it says nothing."""
 
 
 class Joining(Generic[T]):
@@ -108,7 +110,7 @@ class Joining(Generic[T]):
         for streamed in forms:
             flight = self._flights.find((share.place, streamed))
             if flight is not None:
-                return None if flight.denied else flight
+                return None if flight.denied or _hastier(flight, share) else flight
         return None
 
     def _launch(self, share: Share[T]) -> Flight[T]:
@@ -130,4 +132,13 @@ class Joining(Generic[T]):
                 flight.bill.settle(Amount())
 
         bill = SharedBill(self._settings.billing)
-        return self._flights.launch((share.place, share.streamed), share.payer, bill, work)
+        flight = self._flights.launch((share.place, share.streamed), share.payer, bill, work)
+        flight.patience_s = share.patience_s
+        return flight
+
+
+def _hastier(flight: Flight[T], share: Share[T]) -> bool:
+    """Whether a flight may give up, still waiting for its turn, before the request would."""
+    if flight.patience_s is None or flight.first_piece is not None:
+        return False
+    return share.patience_s is None or share.patience_s > flight.patience_s

@@ -254,6 +254,7 @@ class GenerationService:
             most=most,
             produced=lambda flight: produced_of(flight, prompt, route),
             fly=fly,
+            patience_s=prompt.hints.queue_timeout_s,
         )
 
     async def _look(

@@ -83,7 +83,7 @@ class InferenceServicer:
             weights=settings.tenant_weights,
             clock=time.monotonic,
         )
-        breakers = Breakers(
+        self._breakers = breakers = Breakers(
             {each.name: each.breaker for each in settings.backends}
             | {each.name: BreakerSettings() for each in settings.engines}
         )
@@ -273,7 +273,8 @@ class InferenceServicer:
 
     def _described(self, model: ModelSettings) -> pb.Model:
         described = pb.Model()
-        responses.write_model(described, model, self._fleet, self._queues.queued(model.name))
+        queued = self._queues.queued(model.name)
+        responses.write_model(described, model, self._fleet, self._breakers, queued)
         return described
 
 

@@ -272,6 +272,7 @@ class InferenceSettings(ServerSettings):
 
     @model_validator(mode="after")
     def _names_agree(self) -> InferenceSettings:
+        self._refuse_keys_of((self.cache.shared_tenant,), "cache.shared_tenant")
         backends = self.backend_names
         twice = {name for name in backends if backends.count(name) > 1}
         if twice:

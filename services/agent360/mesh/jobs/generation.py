@@ -273,6 +273,8 @@ def _answer_record(line: PromptLine, answer: Answer) -> bytes:
             {"id": call.id, "name": call.name, "arguments": call.arguments}
             for call in answer.tool_calls
         ]
+    if answer.reasoning:
+        said["reasoning"] = answer.reasoning
     if answer.logprobs:
         said["logprobs"] = [
             {

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 from agent360.client import NearCache
 
@@ -62,6 +63,9 @@ class TenantSettings(Settings):
     """True: only ``known`` tenants are served."""
     known: tuple[str, ...] = ()
     """Names of tenants."""
+    reserved: tuple[str, ...] = ("shared-answers",)
+    """Tenants that are nobody's: only keys of the mesh's own services and of operators may speak
+    for them. In the name of this one the inference service keeps answers that tenants share."""
 
 
 class DeadlineSettings(Settings):
@@ -201,6 +205,26 @@ class ServerSettings(Settings):
     """Logs."""
     mesh: MeshAddresses = MeshAddresses()
     """Where the other services are."""
+
+    @model_validator(mode="after")
+    def _reserved_tenants_have_no_keys(self) -> ServerSettings:
+        self._refuse_keys_of(self.tenants.reserved, "tenants.reserved")
+        return self
+
+    def _refuse_keys_of(self, reserved: Collection[str], setting: str) -> None:
+        """Refuses keys that are bound to a tenant which is nobody's.
+
+        Raises:
+            ValueError: there is one.
+        """
+        for key in self.authentication.keys:
+            taken = set() if key.service or key.admin else set(reserved).intersection(key.tenants)
+            if taken:
+                names = ", ".join(sorted(taken))
+                raise ValueError(
+                    f"authentication.keys: {key.name} is bound to {names}, which {setting} keeps "
+                    "for the mesh itself; bind it to another tenant"
+                )
 
     def near_cache(self) -> NearCache | None:
         """What the service keeps near of the cache service's entries; None: nothing."""

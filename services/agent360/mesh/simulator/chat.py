@@ -76,7 +76,7 @@ async def answer_whole(request: web.Request, turn: Turn, pace: Pace) -> web.Stre
     """Answers with one JSON object after the time that a stream would take."""
     script, behaviour = turn.script, turn.behaviour
     cut_at = _NEVER if behaviour.break_after is None else behaviour.break_after
-    spoken = min(len(script.pieces), cut_at)
+    spoken = min(len(script.thoughts) + len(script.pieces), cut_at)
     delay = pace.first_token_s() + pace.inter_token_s() * max(spoken - 1, 0)
     await asyncio.sleep(delay + behaviour.stall_s)
     body = _whole(turn)
@@ -149,6 +149,8 @@ def _whole(turn: Turn) -> bytes:
     script = turn.script
     said = "".join(script.pieces)
     message: dict[str, Any] = {"role": "assistant", "content": said}
+    if script.thoughts:
+        message["reasoning_content"] = "".join(script.thoughts)
     if script.tool:
         call = {"name": script.tool, "arguments": said}
         message["content"] = None
@@ -179,6 +181,8 @@ def _events(turn: Turn) -> Iterator[bytes]:
     """One event a token; the first also opens the message."""
     head, tail = _frame(turn)
     dumps = json.dumps
+    for thought in turn.script.thoughts:
+        yield f'{head}{{"reasoning_content":{dumps(thought)}}}{tail}'.encode()
     if turn.script.tool:
         yield from _tool_events(turn.script, turn.number, head, tail)
         return

@@ -37,6 +37,8 @@ class Behaviour:
     """After how many tokens the connection is cut. ``[[sim:break=10]]``."""
     tokens: int = 0
     """Length of the answer; 0: it follows from the prompt. ``[[sim:tokens=200]]``."""
+    thoughts: int = 0
+    """Tokens of thoughts before the answer, as reasoning models have them. ``[[sim:think=20]]``."""
     first_token_s: float | None = None
     """Time to the first token instead of the settings'. ``[[sim:ttft=0.5]]``."""
     inter_token_s: float | None = None
@@ -124,6 +126,8 @@ def _changes(name: str, value: str) -> Mapping[str, Any]:
             return {"break_after": _number(value or "0", 0)}
         case "tokens":
             return {"tokens": _number(value, 1)}
+        case "think":
+            return {"thoughts": _number(value, 1)}
         case "ttft":
             return {"first_token_s": _seconds(value)}
         case "itl":

@@ -24,11 +24,13 @@ class Script:
     """As in the OpenAI API: stop, length or tool_calls."""
     prompt_tokens: int
     """Tokens of the prompt."""
+    thoughts: Sequence[str] = ()
+    """Tokens of what it pretends to think before."""
 
     @property
     def usage(self) -> dict[str, Any]:
         """The usage object of the OpenAI API."""
-        generated = len(self.pieces)
+        generated = len(self.thoughts) + len(self.pieces)
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": generated,
@@ -64,6 +66,7 @@ def write_script(
         tool=str(tool["name"]) if tool is not None else "",
         finish_reason=finish,
         prompt_tokens=text.prompt_tokens(messages),
+        thoughts=text.prose(subject, seed + 1, behaviour.thoughts) if behaviour.thoughts else (),
     )
 
 

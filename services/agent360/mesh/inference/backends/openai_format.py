@@ -13,6 +13,7 @@ from typing import Any, Final
 from agent360.mesh.inference.answers import (
     FinishReason,
     Piece,
+    ReasoningPiece,
     TokenLogprob,
     ToolCallPiece,
     Usage,
@@ -129,6 +130,10 @@ def read_finish(found: Any) -> FinishReason | None:
 def read_delta(delta: Mapping[str, Any]) -> list[Piece]:
     """The pieces in a ``delta`` of a stream or the ``message`` of a whole answer."""
     pieces: list[Piece] = []
+    # DeepSeek, vLLM and llama.cpp have the one name, OpenRouter and newer vLLM the other.
+    thought = delta.get("reasoning_content") or delta.get("reasoning")
+    if isinstance(thought, str) and thought:
+        pieces.append(ReasoningPiece(thought))
     content = delta.get("content")
     if content:
         pieces.append(content if isinstance(content, str) else _text_of(content))

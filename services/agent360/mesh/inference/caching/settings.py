@@ -42,8 +42,9 @@ class AnswerCacheSettings(Settings):
     sharing_tenants: tuple[str, ...] = ()
     """Tenants whose requests may share answers where both say ``share``; ``*`` stands for all."""
     shared_tenant: str = Field(default="shared-answers", pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
-    """The tenant under which the cache holds shared answers. It must be nobody's: no API key may be
-    bound to it, and requests in its name are refused. A cache with strict tenants must know it."""
+    """The tenant under which the cache holds shared answers. It is nobody's: requests in its name
+    are refused, and so are API keys that are bound to it; another name than this one has to be
+    among the cache service's ``tenants.reserved``. A cache with strict tenants must know it."""
 
     @model_validator(mode="after")
     def _times_are_positive(self) -> AnswerCacheSettings:

@@ -251,4 +251,4 @@ class Race(Generic[T]):
 def _size(said: Sequence[Piece]) -> int:
     whole = merge(said)
     calls = sum(len(c.id) + len(c.name) + tokens.size_of(c.arguments) for c in whole.tool_calls)
-    return tokens.size_of(whole.content) + calls
+    return tokens.size_of(whole.content) + tokens.size_of(whole.reasoning) + calls

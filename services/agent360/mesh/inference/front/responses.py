@@ -42,6 +42,8 @@ def completion(answer: pb.GenerateResponse, completion_id: str, created: int) ->
         "content": message.content or (None if message.tool_calls else ""),
         "refusal": None,
     }
+    if message.reasoning:
+        said["reasoning_content"] = message.reasoning
     if message.tool_calls:
         said["tool_calls"] = [
             {
@@ -103,7 +105,9 @@ class ChunkWriter:
         if self._first:
             self._first = False
             said["role"] = "assistant"
-        if delta.content or not delta.tool_calls:
+        if delta.reasoning:
+            said["reasoning_content"] = delta.reasoning
+        if delta.content or not (delta.tool_calls or delta.reasoning):
             said["content"] = delta.content
         if delta.tool_calls:
             said["tool_calls"] = [_tool_call(piece) for piece in delta.tool_calls]
@@ -163,12 +167,20 @@ def model(described: pb.Model) -> bytes:
 def told_headers(answer: pb.GenerateResponse | pb.EmbedResponse) -> dict[str, str]:
     """Who answered and why, for headers."""
     routing = answer.routing
-    return {
+    told = {
         "x-agent360-model": routing.model,
         "x-agent360-backend": routing.backend,
         "x-agent360-rule": routing.rule,
         "x-agent360-source": _SOURCE.get(answer.source, ""),
     }
+    if fits_header(routing.because):
+        told["x-agent360-because"] = routing.because
+    return told
+
+
+def fits_header(value: str) -> bool:
+    """Whether there is something to tell in a header; a classifier may say what none can hold."""
+    return bool(value) and value.isascii() and value.isprintable()
 
 
 def _choice(delta: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:

@@ -36,7 +36,7 @@ _STREAM_HEADERS: Final = {
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",
 }
-_TOLD: Final = ("model", "backend", "rule", "source")
+_TOLD: Final = ("model", "backend", "rule", "because", "source")
 _PAGE: Final = 1_000
 _FAREWELL_S: Final = 1.0
 """How long a caller that reads slowly has to take the error that ends its stream."""
@@ -248,7 +248,7 @@ class _Reply:
         """Begins a stream; its headers say of who answers and why what is known so early."""
         response = web.StreamResponse(headers=_STREAM_HEADERS)
         for name in _TOLD:
-            if name in told:
+            if responses.fits_header(told.get(name, "")):
                 response.headers[f"x-agent360-{name}"] = told[name]
         self._finish_headers(response)
         try:

@@ -158,6 +158,8 @@ class _Reader:
                 self.usage = form.read_usage(event["usage"])
             for choice in event.get("choices") or ():
                 pieces += form.read_delta(choice.get("delta") or {})
+                if choice.get("logprobs"):
+                    pieces += form.read_logprobs(choice["logprobs"])
                 if choice.get("finish_reason") is not None:
                     self.finish = form.read_finish(choice["finish_reason"])
         if pieces:

@@ -187,4 +187,5 @@ def _assembled(pieces: list[Piece], ran: Ran) -> Answer:
         model=ran.model.name,
         backend=ran.backend,
         logprobs=whole.logprobs,
+        reasoning=whole.reasoning,
     )

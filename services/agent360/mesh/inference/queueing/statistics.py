@@ -11,6 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 
 from agent360.client.errors import MeshError
+from agent360.mesh.runtime.telemetry import MESH_TENANT
 
 _SECONDS: Final = (
     0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
@@ -96,6 +97,11 @@ class ModelStatistics:
         self.inferences += inferences
         self.compute_s.add(compute_s)
         self.batch_size.add(inferences)
+        if self._measurements is not None:
+            # Several tenants may share a batch: its size is nobody's own.
+            self._measurements.observe(
+                "inference_batch_size", float(inferences), self._labels, MESH_TENANT
+            )
 
     def succeeded(
         self, tenant: str, request_s: float, compute_s: float, first_response_s: float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
@@ -16,6 +17,7 @@ from agent360.mesh.inference.answers import (
     TokenLogprob,
     Usage,
 )
+from agent360.mesh.inference.failover.breaker import Breakers, State
 from agent360.mesh.inference.fleet import Fleet
 from agent360.mesh.inference.members import Health, Member
 from agent360.mesh.inference.ride import Answered, Timing
@@ -49,6 +51,11 @@ _HEALTH: Final[Mapping[Health, pb.ModelHealth.ValueType]] = {
     Health.UNAVAILABLE: pb.MODEL_HEALTH_UNAVAILABLE,
     Health.WARMING: pb.MODEL_HEALTH_WARMING,
 }
+_BREAKER: Final[Mapping[State, pb.BreakerState.ValueType]] = {
+    State.CLOSED: pb.BREAKER_STATE_CLOSED,
+    State.HALF_OPEN: pb.BREAKER_STATE_HALF_OPEN,
+    State.OPEN: pb.BREAKER_STATE_OPEN,
+}
 
 
 def write_answer(
@@ -60,6 +67,7 @@ def write_answer(
     message.role = pb.ROLE_ASSISTANT
     if with_text:
         message.content = answer.content
+        message.reasoning = answer.reasoning
         _write_logprobs(target.logprobs, answer.logprobs)
     for call in answer.tool_calls:
         added = message.tool_calls.add()
@@ -82,6 +90,8 @@ def cached_answer(answer: Answer, route: Route) -> pb.GenerateResponse:
 def write_delta(target: pb.Delta, delta: Delta) -> None:
     """Fills in a piece of an answer."""
     target.content = delta.content
+    if delta.reasoning:
+        target.reasoning = delta.reasoning
     for piece in delta.tool_calls:
         added = target.tool_calls.add()
         added.index, added.id = piece.place, piece.id
@@ -116,7 +126,9 @@ def write_routing(target: pb.Routing, route: Route, backend: str) -> None:
     target.because, target.policy = route.because, route.policy
 
 
-def write_model(target: pb.Model, model: ModelSettings, conditions: Fleet, queued: int) -> None:
+def write_model(
+    target: pb.Model, model: ModelSettings, conditions: Fleet, breakers: Breakers, queued: int
+) -> None:
     """Fills in a model of the catalogue and how it is doing."""
     target.name = model.name
     target.backends.extend(model.backends)
@@ -139,10 +151,12 @@ def write_model(target: pb.Model, model: ModelSettings, conditions: Fleet, queue
         set_duration(target.latency_p50, p50)
         set_duration(target.latency_p90, p90)
     for member in conditions.known_members(model):
-        _write_backend(target.backend_states.add(), model, member)
+        _write_backend(target.backend_states.add(), model, member, breakers)
 
 
-def _write_backend(target: pb.ModelBackend, model: ModelSettings, member: Member) -> None:
+def _write_backend(
+    target: pb.ModelBackend, model: ModelSettings, member: Member, breakers: Breakers
+) -> None:
     target.name = member.name
     target.health = _HEALTH[member.health_of(model)]
     target.weight = model.weight_of(member.name)
@@ -150,6 +164,10 @@ def _write_backend(target: pb.ModelBackend, model: ModelSettings, member: Member
     latency_s = member.latency_s(time.monotonic())
     if latency_s is not None:
         set_duration(target.latency, latency_s)
+    target.breaker = _BREAKER[breakers.of(member.name).state]
+    rest_s = breakers.allowed_at(member.name, model.name) - time.monotonic()
+    if 0 < rest_s < math.inf:
+        target.resting_until.FromNanoseconds(time.time_ns() + round(rest_s * 1e9))
 
 
 def _write_timing(target: pb.Timing, timing: Timing) -> None:
