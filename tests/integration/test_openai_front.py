@@ -300,6 +300,40 @@ async def test_a_page_in_a_browser_cannot_spend_anything(
     assert simulator.load.by_path["/v1/chat/completions"] == 0
 
 
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+async def test_a_body_that_is_not_encoded_as_it_says_is_refused(
+    simulator: Simulator,
+    session: aiohttp.ClientSession,
+    caplog: pytest.LogCaptureFixture,
+    encoding: str,
+) -> None:
+    body = json.dumps({"model": "small", "messages": HELLO})
+    async with fronted(simulator) as server:
+        status, said, headers = await posted(
+            session, server, body, headers={"content-encoding": encoding}
+        )
+        assert (status, said["error"]["param"]) == (400, "body")
+        assert headers["connection"] == "close"
+        assert (await posted(session, server, body))[0] == 200
+    assert not [each for each in caplog.records if each.levelname == "ERROR"]
+
+
+@pytest.mark.parametrize("place", ["tools", "response_format"])
+async def test_a_number_that_no_protocol_carries_is_the_callers_mistake(
+    simulator: Simulator, session: aiohttp.ClientSession, place: str
+) -> None:
+    schema = {"type": "object", "maximum": 10**400}
+    asked = {
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": schema}}],
+        "response_format": {"type": "json_schema", "json_schema": {"name": "f", "schema": schema}},
+    }
+    body = json.dumps({"model": "small", "messages": HELLO, place: asked[place]})
+    async with fronted(simulator) as server:
+        status, said, _ = await posted(session, server, body)
+    assert status == 400
+    assert said["error"]["param"].startswith(place)
+
+
 @pytest.mark.parametrize("name", ["%ff", "%ED%A0%80", "a%00b", "..%2f..", "x" * 5_000])
 async def test_odd_names_of_models_are_not_found_or_refused(
     simulator: Simulator, session: aiohttp.ClientSession, name: str

@@ -491,3 +491,26 @@ def test_under_random_cancels_and_faults_nothing_is_lost_or_answered_for_another
         assert all(len(batch) <= 8 for batch in machine.batches)
 
     run_virtually(main())
+
+
+@pytest.mark.parametrize("tenants", [("acme", "zeta"), ("acme", "acme")])
+def test_what_a_backend_says_of_a_shared_batch_is_told_to_no_other_tenant(
+    tenants: tuple[str, str],
+) -> None:
+    async def main() -> list[BaseException | int]:
+        machine = Machine()
+        batcher = batcher_of(machine, max_queue_delay_s=0.01, preferred_sizes=(2,))
+        said = "backend gpu answered with HTTP status 500: cannot process 'a secret'"
+        facts = {"backend": "gpu", "http_status": "500", "said": "a secret"}
+        machine.faults.append(UnavailableError(said, reason="UPSTREAM_FAILED", metadata=facts))
+        calls = (batcher.submit(at, 1, Ticket(tenant)) for at, tenant in enumerate(tenants))
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        assert machine.batches == [[0, 1]]
+        return results
+
+    for error in run_virtually(main()):
+        assert isinstance(error, UnavailableError)
+        assert error.reason == "UPSTREAM_FAILED"
+        assert (error.metadata["backend"], error.metadata["http_status"]) == ("gpu", "500")
+        told = f"{error} {error.args} {error.metadata}"
+        assert ("a secret" in told) is (tenants[0] == tenants[1])

@@ -345,9 +345,25 @@ class Batcher(Generic[T, R]):
 
     def _fail(self, taken: list[Waiter[_Entry[T, R]]], error: Exception) -> None:
         """Tells every caller; each gets an error of its own, as callers add to it."""
+        if len({waiter.ticket.tenant for waiter in taken}) > 1:
+            error = _for_strangers(error)
         for waiter in taken:
             if not waiter.payload.future.done():
                 waiter.payload.future.set_exception(copy.copy(error))
+
+
+_TOLD: Final = ("model", "backend", "http_status", "tries")
+
+
+def _for_strangers(error: Exception) -> Exception:
+    """The error of a batch of several tenants, without what the backend said: it may quote them."""
+    if not isinstance(error, MeshError):
+        return error
+    told = copy.copy(error)
+    told.message = "the call of the model that this request shared with others failed"
+    told.args = (told.message,)
+    told.metadata = {name: error.metadata[name] for name in _TOLD if name in error.metadata}
+    return told
 
 
 def _stopping() -> MeshError:

@@ -224,7 +224,7 @@ def _fill_tool(target: pb.Tool, tool: ToolParam, path: str) -> None:
     target.description = function.description or ""
     target.strict = bool(function.strict)
     if function.parameters is not None:
-        target.parameters.update(function.parameters)
+        _fill_object(target.parameters, function.parameters, f"{path}.function.parameters")
 
 
 def _fill_tool_choice(request: pb.GenerateRequest, body: ChatBody) -> None:
@@ -256,11 +256,19 @@ def _fill_format(request: pb.GenerateRequest, wanted: ResponseFormat) -> None:
             target.json_schema.name = wanted.json_schema.name
             target.json_schema.strict = bool(wanted.json_schema.strict)
             if wanted.json_schema.schema is not None:
-                target.json_schema.schema.update(wanted.json_schema.schema)
+                schema = wanted.json_schema.schema
+                _fill_object(target.json_schema.schema, schema, "response_format.json_schema")
         case other:
             refuse(
                 "response_format.type", f"must be text, json_object or json_schema, is {other!r}"
             )
+
+
+def _fill_object(target: Any, found: dict[str, Any], field: str) -> None:
+    try:
+        target.update(found)
+    except (OverflowError, RecursionError) as error:
+        refuse(field, f"cannot be passed on: {error}")
 
 
 def _fill_extension(request: pb.GenerateRequest, extension: Extension) -> None:

@@ -208,7 +208,7 @@ class OpenAIFront:
         """The body, which must say that it is JSON: so no page in a browser can send one here.
 
         Raises:
-            InvalidRequestError: it does not say so.
+            InvalidRequestError: it does not say so, or cannot be decoded.
             MeshError: it is too large, or does not arrive in time.
         """
         if request.content_type != _JSON:
@@ -220,6 +220,10 @@ class OpenAIFront:
             raise DeadlineExceededError(
                 f"the body did not arrive within {self._settings.body_timeout_s:g} s"
             ) from error
+        except web.RequestPayloadError:
+            # Where it ends nobody can say: nothing more is read, and the connection is closed.
+            request.content.feed_eof()
+            requests.refuse("body", "is not what its Content-Encoding or Transfer-Encoding says")
         except web.HTTPRequestEntityTooLarge as error:
             raise MeshError(
                 grpc.StatusCode.INVALID_ARGUMENT,
@@ -294,7 +298,7 @@ class _Reply:
 
     def _finish_headers(self, response: web.StreamResponse) -> None:
         response.headers[REQUEST_ID_HEADER] = self.request_id
-        if self._calls.draining:
+        if self._calls.draining or self._request.content.exception() is not None:
             response.force_close()
 
 
