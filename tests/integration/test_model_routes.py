@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 from contextlib import AsyncExitStack
 
 import pytest
-from support.polling import eventually_async
+from support.polling import eventually, eventually_async
 from support.servers import connected
 
 from agent360.client import GenerateRequest, MeshError, Tool
@@ -107,6 +107,30 @@ async def test_concurrent_requests_go_where_the_fewest_tokens_are_outstanding(si
         ]
         await asyncio.gather(*stalled)
     assert chats(simulators) == [10, 10, 10]
+
+
+async def test_one_who_may_say_very_much_does_not_keep_all_others_from_a_backend(simulators):
+    wide = [
+        {**each, "concurrency": {"mode": "fixed", "maximum": 1000}} for each in backends(simulators)
+    ]
+    async with connected(
+        "inference", backends=wide, models=[model(max_tokens=50)], **ALONE
+    ) as mesh:
+        endless = asyncio.create_task(
+            mesh.inference.generate("[[sim:stall=30]]", model="small", max_tokens=2**32 - 1)
+        )
+        await eventually(lambda: sum(chats(simulators)) == 1)
+        (mine,) = [at for at, count in enumerate(chats(simulators)) if count]
+        others = [
+            asyncio.create_task(mesh.inference.generate(f"{n} [[sim:stall=30]]", model="small"))
+            for n in range(300)
+        ]
+        # Each of them counts as about 60 tokens, the one as about 4,100.
+        await eventually(lambda: sum(chats(simulators)) == 301, 20)
+        assert chats(simulators)[mine] > 10
+        for task in (endless, *others):
+            task.cancel()
+        await asyncio.gather(endless, *others, return_exceptions=True)
 
 
 async def test_prompts_that_begin_alike_share_a_backend(simulators):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 import grpc
 
@@ -25,6 +25,10 @@ from agent360.mesh.inference.selection import affinity_key
 from agent360.mesh.inference.settings import InferenceSettings
 from agent360.mesh.inference.upstream import Ran, Upstream
 from agent360.mesh.runtime.call import Call
+
+_LONG_ANSWER: Final = 8
+"""An answer that may be longer than so many expected ones counts as these in queues and for the
+load of backends: what a request may use at most says little of what it will."""
 
 
 class ChargedRuns:
@@ -75,7 +79,7 @@ class ChargedRuns:
             flight.ticket = ticket = Ticket(
                 call.tenant,
                 int(call.priority),
-                most.tokens,
+                most.tokens - self._improbable(prompt),
                 deadline=flight.wanted_until,
                 shared=True,
                 session=session,
@@ -153,6 +157,11 @@ class ChargedRuns:
             input_tokens = int(input_tokens * limits.prompt_margin)
         output = prompt.sampling.max_tokens or limits.expected_output_tokens
         return most_of((route.model, *route.fallbacks), input_tokens, output)
+
+    def _improbable(self, prompt: Prompt) -> int:
+        """Tokens that an answer may have and is not expected to."""
+        probable = _LONG_ANSWER * self._settings.limits.expected_output_tokens
+        return max(0, (prompt.sampling.max_tokens or 0) - probable)
 
     def _sink(self, flight: Flight[Answer]) -> Sink:
         most = self._settings.max_answer_bytes
