@@ -78,7 +78,7 @@ async def answer_whole(request: web.Request, turn: Turn, pace: Pace) -> web.Stre
     cut_at = _NEVER if behaviour.break_after is None else behaviour.break_after
     spoken = min(len(script.thoughts) + len(script.pieces), cut_at)
     delay = pace.first_token_s() + pace.inter_token_s() * max(spoken - 1, 0)
-    await asyncio.sleep(delay + behaviour.stall_s)
+    await _wait(delay + behaviour.stall_s)
     body = _whole(turn)
     if behaviour.malformed_after is not None:
         return web.Response(body=body[: len(body) // 2], content_type="application/json")
@@ -98,7 +98,7 @@ async def answer_in_pieces(request: web.Request, turn: Turn, pace: Pace) -> web.
     if stall_at == 0:
         await asyncio.sleep(behaviour.stall_s)
         stall_at = _NEVER
-    await asyncio.sleep(pace.first_token_s())
+    await _wait(pace.first_token_s())
     await response.prepare(request)
     events = list(_events(turn))
     cut_at = _NEVER if behaviour.break_after is None else behaviour.break_after
@@ -129,6 +129,11 @@ async def answer_in_pieces(request: web.Request, turn: Turn, pace: Pace) -> web.
     await response.write(b"".join(_closing(turn)))
     await response.write_eof()
     return response
+
+
+async def _wait(delay_s: float) -> None:
+    if delay_s > 0:
+        await asyncio.sleep(delay_s)
 
 
 async def cut_in_body(request: web.Request, body: bytes) -> web.StreamResponse:

@@ -1,19 +1,20 @@
-"""A model server that speaks the OpenAI API, over aiohttp."""
+"""A model server that speaks the OpenAI API."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
 import time
 from array import array
 from collections.abc import AsyncIterator
 from typing import Any, Final
-
-import aiohttp
+from urllib.parse import unquote, urlsplit
 
 from agent360.client.errors import MeshError
 from agent360.mesh.inference.answers import Ending, FinishReason, Piece, ToolCallPiece, Usage
+from agent360.mesh.inference.backends import http1
 from agent360.mesh.inference.backends import openai_errors as errors
 from agent360.mesh.inference.backends import openai_format as form
 from agent360.mesh.inference.backends.sse import EventParser
@@ -49,16 +50,9 @@ class OpenAIBackend:
         self._url = settings.url.rstrip("/")
         self._key = settings.key()
         self._max_bytes = max_answer_bytes * _JSON_OVERHEAD
-        self._session: aiohttp.ClientSession | None = None
-        self._streaming = aiohttp.ClientTimeout(
-            total=settings.try_timeout_s,
-            sock_connect=settings.connect_timeout_s,
-            sock_read=settings.stall_timeout_s,
-        )
-        # What comes whole says nothing until it is done.
-        self._whole = aiohttp.ClientTimeout(
-            total=settings.try_timeout_s, sock_connect=settings.connect_timeout_s
-        )
+        self._path = urlsplit(self._url).path
+        self._headers = self._headers_of_requests()
+        self._server: http1.HttpServer | None = None
         self._counts = TokenCounts(self._post_to_root)
 
     @property
@@ -69,18 +63,17 @@ class OpenAIBackend:
     async def start(self) -> None:
         """See ``Backend.start``."""
         settings = self._settings
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=settings.max_connections, keepalive_timeout=60),
-            headers={"Authorization": f"Bearer {self._key}"} if self._key else None,
-            timeout=self._whole,
-            cookie_jar=aiohttp.DummyCookieJar(),
+        self._server = http1.HttpServer(
+            self._url,
+            most=settings.max_connections,
+            connect_timeout_s=settings.connect_timeout_s,
         )
 
     async def close(self) -> None:
         """See ``Backend.close``."""
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        if self._server is not None:
+            await self._server.close()
+            self._server = None
 
     async def list_models(self) -> list[str]:
         """See ``Backend.list_models``."""
@@ -102,9 +95,10 @@ class OpenAIBackend:
             stream_usage=settings.stream_usage,
             schema_form=settings.schema_form,
         )
-        timeout = self._streaming if streamed else self._whole
-        async with self._ask("POST", "/chat/completions", body, timeout=timeout) as response:
-            if streamed and "json" not in response.content_type:
+        # What comes whole says nothing until it is done.
+        stall_s = settings.stall_timeout_s if streamed else None
+        async with self._ask("POST", "/chat/completions", body, stall_s=stall_s) as response:
+            if streamed and "json" not in response.headers.get("content-type", ""):
                 return await self._read_stream(response, sink)
             # Some servers answer whole whatever they are asked for.
             return self._read_whole(await self._read_json(response), sink)
@@ -137,9 +131,23 @@ class OpenAIBackend:
 
     async def _post_to_root(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """What a server offers beside the OpenAI API stands beside ``/v1``, not below it."""
-        root = self._url.removesuffix("/v1")
+        root = self._path.removesuffix("/v1")
         async with self._ask("POST", path, body, root=root) as response:
             return await self._read_json(response)
+
+    def _headers_of_requests(self) -> dict[str, str]:
+        headers = {
+            "Accept": "*/*",
+            "User-Agent": "agent360-mesh",
+            "Content-Type": "application/json",
+        }
+        parts = urlsplit(self._url)
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        elif parts.username is not None:
+            pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+            headers["Authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
+        return headers
 
     @contextlib.asynccontextmanager
     async def _ask(
@@ -148,73 +156,62 @@ class OpenAIBackend:
         path: str,
         body: Any = None,
         *,
-        root: str = "",
-        timeout: aiohttp.ClientTimeout | None = None,
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        root: str | None = None,
+        stall_s: float | None = None,
+    ) -> AsyncIterator[http1.Response]:
         """A successful answer, while it is read; whatever fails is a MeshError."""
-        response: aiohttp.ClientResponse | None = None
+        response: http1.Response | None = None
         try:
-            response = await self._open(method, (root or self._url) + path, body, timeout)
+            path = (self._path if root is None else root) + path
+            response = await self._open(method, path, body, stall_s)
             if response.status >= 300:
-                said = await response.content.read(_MAX_ERROR_BYTES)
+                said = (await response.read(_MAX_ERROR_BYTES))[:_MAX_ERROR_BYTES]
                 raise errors.from_response(
                     self.name, response.status, response.headers, said, self._key
                 )
             yield response
-        except MeshError:
-            # Before the others: some errors of the mesh are ConnectionErrors and TimeoutErrors too.
-            raise
-        except aiohttp.ConnectionTimeoutError as error:
-            raise errors.unreachable(self.name, "no connection in time") from error
-        except aiohttp.ServerTimeoutError as error:
+        except http1.NoConnectionError as error:
+            raise errors.unreachable(self.name, str(error)) from error
+        except http1.StalledError as error:
             raise errors.stalled(self.name, self._settings.stall_timeout_s) from error
-        except TimeoutError as error:
+        except http1.LateError as error:
             raise errors.timed_out(self.name, self._settings.try_timeout_s) from error
-        except aiohttp.ClientConnectorError as error:
-            raise errors.unreachable(self.name, str(error.os_error or error)) from error
-        except (aiohttp.ClientError, ConnectionError) as error:
-            raise errors.broke(self.name, _describe(error), self._key) from error
+        except http1.NotHttpError as error:
+            raise errors.malformed(self.name, str(error)) from error
+        except http1.HttpError as error:
+            raise errors.broke(self.name, str(error), self._key) from error
         finally:
             # Closing an answer that was read to its end keeps the connection, any other ends it.
             if response is not None:
                 response.close()
 
     async def _open(
-        self, method: str, url: str, body: Any, timeout: aiohttp.ClientTimeout | None
-    ) -> aiohttp.ClientResponse:
+        self, method: str, path: str, body: Any, stall_s: float | None
+    ) -> http1.Response:
         """Sends the request and waits for the answer's head.
 
         A kept connection may have died since its last use; then nothing of an answer has come, and
         the request is sent once more.
         """
-        if self._session is None:
+        server = self._server
+        if server is None:
             raise errors.unreachable(self.name, "the backend is not started")
-        data = None if body is None else json.dumps(body, separators=(",", ":")).encode()
-        began, resent = time.monotonic(), False
-        while True:
-            try:
-                return await self._session.request(
-                    method,
-                    url,
-                    data=data,
-                    headers={"Content-Type": "application/json"} if data else None,
-                    allow_redirects=False,
-                    timeout=timeout or self._whole,
-                )
-            except aiohttp.ClientConnectorError:
+        data = b"" if body is None else json.dumps(body, separators=(",", ":")).encode()
+        headers, within_s, began = self._headers, self._settings.try_timeout_s, time.monotonic()
+        try:
+            return await server.ask(method, path, headers, data, within_s=within_s, stall_s=stall_s)
+        except http1.DeadConnectionError:
+            # Later than that it is not the connection that died, but the server at its work.
+            if time.monotonic() - began > _DEAD_CONNECTION_S:
                 raise
-            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
-                # Later than that it is not the connection that died, but the server at its work.
-                if resent or time.monotonic() - began > _DEAD_CONNECTION_S:
-                    raise
-                resent = True
+        return await server.ask(
+            method, path, headers, data, within_s=within_s, stall_s=stall_s, fresh=True
+        )
 
-    async def _read_json(self, response: aiohttp.ClientResponse) -> dict[str, Any]:
-        received = bytearray()
-        async for data in response.content.iter_any():
-            received += data
-            if len(received) > self._max_bytes:
-                raise errors.malformed(self.name, f"more than {self._max_bytes:,} bytes")
+    async def _read_json(self, response: http1.Response) -> dict[str, Any]:
+        received = await response.read(self._max_bytes)
+        if len(received) > self._max_bytes:
+            raise errors.malformed(self.name, f"more than {self._max_bytes:,} bytes")
         try:
             found = json.loads(received)
         except ValueError as error:
@@ -252,11 +249,11 @@ class OpenAIBackend:
             return errors.from_answer(self.name, found, self._key)
         return errors.malformed(self.name, f"it has only {', '.join(found) or 'nothing'}")
 
-    async def _read_stream(self, response: aiohttp.ClientResponse, sink: Sink) -> Ending:
+    async def _read_stream(self, response: http1.Response, sink: Sink) -> Ending:
         parser = EventParser(self._max_bytes)
         state = _StreamState(self.name, self._key)
         try:
-            async for data in response.content.iter_any():
+            while data := await response.read_some():
                 try:
                     events = parser.feed(data)
                 except ValueError as error:
@@ -266,17 +263,17 @@ class OpenAIBackend:
                     break
             else:
                 self._take(parser.finish(), state, sink)
-        except aiohttp.ClientError:
+        except http1.HttpError:
             # What breaks after the end of the answer takes nothing from it but the usage.
             if state.finish is None:
                 raise
         if not state.done and state.finish is None:
             raise errors.broke(self.name, "the stream ended without a finish reason")
-        if state.done:
+        if state.done and not response.done:
             # The end of the body mostly follows at once; after it the connection can be kept.
-            with contextlib.suppress(TimeoutError, aiohttp.ClientError):
+            with contextlib.suppress(TimeoutError, http1.HttpError):
                 async with asyncio.timeout(_LINGER_S):
-                    await response.content.read()
+                    await response.read(_MAX_ERROR_BYTES)
         return Ending(_finish(state.finish, called=state.called), state.usage)
 
     def _take(self, events: list[bytes], state: _StreamState, sink: Sink) -> None:
@@ -335,8 +332,3 @@ class _StreamState:
 def _finish(reason: FinishReason | None, *, called: bool) -> FinishReason:
     """Why an answer ended; some servers say ``stop`` of one that calls tools."""
     return "tool_calls" if called and reason in ("stop", None) else reason or "stop"
-
-
-def _describe(error: BaseException) -> str:
-    """An error without the request that it may hold."""
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

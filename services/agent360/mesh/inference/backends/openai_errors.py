@@ -170,7 +170,7 @@ def retry_after_s(headers: Mapping[str, str], *, limited: bool = False) -> float
     exact = _positive(headers.get("retry-after-ms"))
     if exact is not None:
         return exact / 1000
-    value = headers.get("Retry-After")
+    value = headers.get("retry-after")
     seconds = _positive(value)
     if seconds is not None:
         return seconds
