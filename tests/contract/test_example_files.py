@@ -1,10 +1,13 @@
 """The example files are what the services take."""
 
 import json
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from agent360.mesh.inference import InferenceSettings
 from agent360.mesh.inference.catalogue_file import read_models
 from agent360.mesh.ratelimit.limits_file import read_limits
 from agent360.mesh.runtime.config import load
@@ -36,6 +39,22 @@ def test_the_catalogue_holds_for_the_backends_of_the_configuration() -> None:
     assert (small.fallbacks, small.affinity) == (("large",), "prefix")
     assert (small.task_classes, large.task_classes) == (("simple",), ("complex",))
     assert embedder.capabilities == ("embeddings",)
+
+
+def test_the_settings_shown_in_the_documentation_hold() -> None:
+    text = (ROOT / "docs" / "inference.md").read_text()
+    blocks = [tomllib.loads(each) for each in re.findall(r"```toml\n(.*?)```", text, re.DOTALL)]
+    for block in blocks:
+        if "models" in block:
+            names = sorted({name for model in block["models"] for name in model["backends"]})
+            block["backends"] = [{"name": name} for name in names]
+            block["models"] += [
+                {"name": name, "backends": names}
+                for model in block["models"]
+                for name in model["fallbacks"]
+            ]
+        InferenceSettings.model_validate(block.get("inference", block))
+    assert len(blocks) > 5
 
 
 def test_the_requests_are_those_of_an_agent_platform() -> None:
