@@ -18,6 +18,7 @@ from agent360.mesh.inference.conversation import (
 from agent360.mesh.inference.settings import ModelSettings
 
 _DIGEST_BYTES: Final = 24
+_canonical: Final = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
 
 
 def of_prompt(prompt: Prompt, model: ModelSettings) -> str:
@@ -59,7 +60,7 @@ def of_inputs(request: EmbeddingInputs, model: ModelSettings) -> str:
 def _named(model: ModelSettings, asked: list[Any]) -> str:
     # The prefix is for people and invalidations; the digest alone tells all models apart.
     asked += [model.name, model.version, model.upstream_name, model.quantization]
-    text = json.dumps(asked, sort_keys=True, separators=(",", ":"))
+    text = _canonical(asked)
     digest = hashlib.blake2b(text.encode(), digest_size=_DIGEST_BYTES).hexdigest()
     return f"{model.name}@{model.version}/{digest}"
 

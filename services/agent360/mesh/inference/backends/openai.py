@@ -30,6 +30,7 @@ _LINGER_S: Final = 0.1
 _DEAD_CONNECTION_S: Final = 0.1
 """A kept connection that has died is noticed within this, in seconds."""
 
+_encode: Final = json.JSONEncoder(separators=(",", ":")).encode
 _decode: Final = json.JSONDecoder().decode
 """Reads a text; ``json.loads`` would first guess the encoding of bytes, for every token."""
 
@@ -196,7 +197,7 @@ class OpenAIBackend:
         server = self._server
         if server is None:
             raise errors.unreachable(self.name, "the backend is not started")
-        data = b"" if body is None else json.dumps(body, separators=(",", ":")).encode()
+        data = b"" if body is None else _encode(body).encode()
         headers, within_s, began = self._headers, self._settings.try_timeout_s, time.monotonic()
         try:
             return await server.ask(method, path, headers, data, within_s=within_s, stall_s=stall_s)

@@ -166,6 +166,10 @@ def retry_after_s(headers: Mapping[str, str], *, limited: bool = False) -> float
     """The Retry-After of an answer in seconds (RFC 9110, section 10.2.3), also in milliseconds.
 
     Where a rate limit has none, what OpenAI says of its exhausted limits stands in.
+
+    Args:
+        headers: by name in lower case, or whatever the case.
+        limited: whether the answer is that of a rate limit.
     """
     exact = _positive(headers.get("retry-after-ms"))
     if exact is not None:

@@ -119,11 +119,17 @@ class Attempt:
             self._breaker.succeeded(probe=self._probe)
             self._probe = False
 
-    def failed(self, reason: str, *, ill: bool) -> None:
-        """The backend answered with an error, or not at all."""
+    def failed(self, reason: str, *, ill: bool, again: bool = False) -> None:
+        """The backend answered with an error, or not at all.
+
+        Args:
+            reason: of the error.
+            ill: whether that counts against the backend.
+            again: whether it failed the same request before, which then may be what is at fault.
+        """
         if self._breaker is None:
             return
-        if ill:
+        if ill and (self._probe or not again):
             self._breaker.failed(probe=self._probe, why=reason)
             self._probe = False
 

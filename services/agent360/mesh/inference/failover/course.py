@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 
 import grpc
 
@@ -47,7 +46,7 @@ class Course:
         """Something was said, or the request itself is at fault: nothing else is tried."""
         self.reason = ""
         """That of the last failure."""
-        self._tries_at: Counter[str] = Counter()
+        self._tries_at: dict[str, int] = {}
         self._failed: set[tuple[str, str]] = set()
         self._hopeless: set[tuple[str, str]] = set()
         self._no_more: set[str] = set()
@@ -56,7 +55,7 @@ class Course:
 
     def tries_at(self, model: str) -> int:
         """How often a model was asked."""
-        return self._tries_at[model]
+        return self._tries_at.get(model, 0)
 
     def first_meets(self, model: str) -> bool:
         """Whether a model comes up for the first time; it may then not be asked all the same."""
@@ -68,7 +67,7 @@ class Course:
     def asks(self, model: str) -> None:
         """A backend of a model is asked."""
         self.tries += 1
-        self._tries_at[model] += 1
+        self._tries_at[model] = self._tries_at.get(model, 0) + 1
 
     def may_ask(self, model: str, backend: str) -> bool:
         """Whether a backend can be asked in this round."""
@@ -99,7 +98,7 @@ class Course:
 
     def hopeful(self, model: ModelSettings, max_tries: int) -> list[str]:
         """The backends of a model that may do better in a further round."""
-        if model.name in self._no_more or self._tries_at[model.name] >= max_tries:
+        if model.name in self._no_more or self._tries_at.get(model.name, 0) >= max_tries:
             return []
         return [name for name in model.backends if (model.name, name) not in self._hopeless]
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, NamedTuple, Protocol, TypeVar
 
 from agent360.mesh.inference import tokens
 from agent360.mesh.inference.answers import Ending, Usage
 from agent360.mesh.inference.conversation import EmbeddingInputs, Prompt
 from agent360.mesh.inference.ports import Backend, Sink
+from agent360.mesh.inference.settings import ModelSettings
 
 Kind = Literal["stream", "whole", "vectors"]
 """Kinds of work; the times of each are measured apart."""
@@ -39,8 +42,8 @@ class Job(Protocol[T]):
     def inferences(self) -> int:
         """How many prompts or texts it is."""
 
-    async def run(self, backend: Backend, model: str, hear: Sink) -> T:
-        """Lets a backend do it."""
+    async def run(self, backend: Backend, model: ModelSettings, hear: Sink) -> T:
+        """Lets a backend do it, within the limits of a model."""
 
     def input_tokens(self) -> int:
         """Tokens that a backend reads, estimated."""
@@ -61,9 +64,14 @@ class Generation:
         self.sink = sink
         self.kind: Kind = "stream" if streamed else "whole"
 
-    async def run(self, backend: Backend, model: str, hear: Sink) -> Ending:
+    async def run(self, backend: Backend, model: ModelSettings, hear: Sink) -> Ending:
         """See ``Job.run``."""
-        return await backend.generate(self._prompt, model, hear, streamed=self.kind == "stream")
+        prompt, most = self._prompt, model.limits.max_output_tokens
+        if most and (prompt.sampling.max_tokens or math.inf) > most:
+            # Bound, if at all, by what the model that failed says: the caller asked for no more.
+            prompt = replace(prompt, sampling=replace(prompt.sampling, max_tokens=most))
+        streamed = self.kind == "stream"
+        return await backend.generate(prompt, model.upstream_name, hear, streamed=streamed)
 
     def input_tokens(self) -> int:
         """See ``Job.input_tokens``."""
@@ -90,9 +98,9 @@ class Embedding:
         """See ``Job.inferences``."""
         return len(self._request.inputs)
 
-    async def run(self, backend: Backend, model: str, hear: Sink) -> Vectors:  # noqa: ARG002
+    async def run(self, backend: Backend, model: ModelSettings, hear: Sink) -> Vectors:  # noqa: ARG002
         """See ``Job.run``; vectors come whole, so nothing is heard before."""
-        return Vectors(*await backend.embed(self._request, model))
+        return Vectors(*await backend.embed(self._request, model.upstream_name))
 
     def input_tokens(self) -> int:
         """See ``Job.input_tokens``."""

@@ -44,6 +44,7 @@ class Tally:
             ["model", "backend", "outcome"],
             registry=registry,
         )
+        self._bound_tries: dict[tuple[str, str, str], Counter] = {}
         self._retries = Counter(
             "inference_retries",
             "Tries after a failure at the same model, by the reason of that failure.",
@@ -87,7 +88,12 @@ class Tally:
 
     def tried(self, model: str, backend: str, outcome: str) -> None:
         """A try ended: ``ok``, ``cancelled``, ``lost`` to a rival, or an error's reason."""
-        self._tries.labels(model, backend, outcome).inc()
+        ended = (model, backend, outcome)
+        counter = self._bound_tries.get(ended)
+        if counter is None:
+            # Looking labels up costs more than counting.
+            counter = self._bound_tries[ended] = self._tries.labels(*ended)
+        counter.inc()
 
     def retried(self, tenant: str, model: str, reason: str) -> None:
         """A model is asked again after a failure."""

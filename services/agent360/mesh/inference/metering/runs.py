@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -29,6 +29,8 @@ from agent360.mesh.runtime.call import Call
 _LONG_ANSWER: Final = 8
 """An answer that may be longer than so many expected ones counts as these in queues and for the
 load of backends: what a request may use at most says little of what it will."""
+
+_NO_SLOT: Final = contextlib.nullcontext()
 
 
 class ChargedRuns:
@@ -73,8 +75,9 @@ class ChargedRuns:
         """
         most = await self.most(prompt, route)
         bill = Bill()
-        async with contextlib.AsyncExitStack() as held:
-            await self._admit(flight, most, route, held)
+        await self._reserve(flight, most)
+        async with self._slot(flight, route):
+            flight.admit()
             session = affinity_key(route.model, prompt, call.tenant)
             flight.ticket = ticket = Ticket(
                 call.tenant,
@@ -102,8 +105,9 @@ class ChargedRuns:
         """Runs the model of a flight on texts; as ``answer``."""
         most = await self.most_of_inputs(request, route)
         bill = Bill()
-        async with contextlib.AsyncExitStack() as held:
-            await self._admit(flight, most, route, held)
+        await self._reserve(flight, most)
+        async with self._slot(flight, route):
+            flight.admit()
             flight.ticket = ticket = Ticket(
                 call.tenant,
                 int(call.priority),
@@ -135,18 +139,29 @@ class ChargedRuns:
                 flight.payer.tenant, each.model.name, each.backend, each.usage, cost
             )
 
-    async def _admit(
-        self, flight: Flight[Any], most: Amount, route: Route, held: contextlib.AsyncExitStack
-    ) -> None:
-        """Sets aside what the flight may use, and holds a slot where its model asks for one."""
+    async def _reserve(self, flight: Flight[Any], most: Amount) -> None:
+        """Sets aside what the flight may use."""
         try:
             flight.bill.leader = await self._till.open(flight.payer, most)
-            if route.model.concurrency_slots:
-                await held.enter_async_context(self._quota.slot(flight.payer))
         except RateLimitedError:
             flight.denied = True
             raise
-        flight.admit()
+
+    def _slot(
+        self, flight: Flight[Any], route: Route
+    ) -> contextlib.AbstractAsyncContextManager[None]:
+        """Holds a slot where the model asks for one."""
+        return self._held_slot(flight) if route.model.concurrency_slots else _NO_SLOT
+
+    @contextlib.asynccontextmanager
+    async def _held_slot(self, flight: Flight[Any]) -> AsyncIterator[None]:
+        async with contextlib.AsyncExitStack() as held:
+            try:
+                await held.enter_async_context(self._quota.slot(flight.payer))
+            except RateLimitedError:
+                flight.denied = True
+                raise
+            yield
 
     async def most(self, prompt: Prompt, route: Route) -> Amount:
         """The most that answering a prompt can use."""

@@ -19,6 +19,7 @@ class MeshMeter:
         self._metrics = mesh.metrics
         self._usage = usage
         self._bound: dict[tuple[str, str], tuple[Counter, Histogram]] = {}
+        self._bound_tokens: dict[tuple[str, ...], Counter] = {}
         self._answers = Counter(
             "inference_answers",
             "Answers given, by model and by where they came from.",
@@ -86,13 +87,19 @@ class MeshMeter:
             self._bound[model, source] = found
         return found
 
+    def _tokens_of(self, *labels: str) -> Counter:
+        found = self._bound_tokens.get(labels)
+        if found is None:
+            found = self._bound_tokens[labels] = self._tokens.labels(*labels)
+        return found
+
     def consumed(
         self, tenant: str, model: str, backend: str, usage: Usage, cost_usd: float
     ) -> None:
         """See ``Meter.consumed``."""
         for direction, tokens in (("input", usage.input_tokens), ("output", usage.output_tokens)):
             if tokens:
-                self._tokens.labels(model, backend, direction).inc(tokens)
+                self._tokens_of(model, backend, direction).inc(tokens)
                 labels = {"model": model, "direction": direction}
                 self._metrics.count("inference_tokens_total", tokens, labels, tenant)
         if cost_usd:
