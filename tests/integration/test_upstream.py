@@ -198,6 +198,29 @@ async def test_a_try_that_stalls_after_its_first_word_is_cut_and_not_repeated():
         assert rig.requests("one") + rig.requests("two") == 1
 
 
+async def test_one_request_that_is_failed_again_and_again_counts_once_against_a_backend():
+    breaker = {"breaker": {"consecutive_failures": 3, "open_s": 30}}
+    async with upstream_rig({"only": {}}, backends={"only": breaker}, retry=OFTEN) as rig:
+        way = route(model("m", "only"))
+        with pytest.raises(MeshError) as caught:
+            await rig.ask("[[sim:error=500]]", way)
+        assert int(caught.value.metadata["tries"]) > 3
+        assert rig.breakers.of("only").state is State.CLOSED
+        assert (await rig.ask("Hi", way))[0]
+        for number in range(3):
+            with pytest.raises(MeshError):
+                await rig.ask(f"[[sim:error=500]] {number}", way)
+        assert rig.breakers.of("only").state is State.OPEN
+
+
+async def test_a_fallback_says_no_more_than_its_own_limits_allow():
+    tight = model("n", "good", limits={"max_output_tokens": 5})
+    async with upstream_rig({"bad": {"error_rate": 1.0}, "good": {}}) as rig:
+        _, ran = await rig.ask("[[sim:tokens=50]]", route(model("m", "bad"), tight))
+        assert ran.model.name == "n"
+        assert (ran.usage.output_tokens, ran.ending.finish_reason) == (5, "length")
+
+
 async def test_the_breaker_keeps_requests_away_and_lets_one_probe():
     breaker = {"breaker": {"consecutive_failures": 3, "open_s": 0.3}}
     async with upstream_rig(
@@ -235,15 +258,18 @@ async def test_who_has_no_other_backend_is_told_when_to_come_back_if_it_stays_aw
     breaker = {"breaker": {"consecutive_failures": 2, "open_s": 30.0}}
     async with upstream_rig({"only": {"error_rate": 1.0}}, backends={"only": breaker}) as rig:
         way, began = route(model("m", "only")), time.monotonic()
-        with pytest.raises(MeshError) as first:
+        for _ in range(2):
+            with pytest.raises(MeshError) as failed:
+                await rig.ask("Hi", way)
+            assert failed.value.reason == "UPSTREAM_FAILED"
+        with pytest.raises(MeshError) as resting:
             await rig.ask("Hi", way)
-        with pytest.raises(MeshError) as second:
-            await rig.ask("Hi", way)
-        assert (first.value.reason, second.value.reason) == ("UPSTREAM_FAILED", "BACKENDS_RESTING")
-        assert "the last time with UPSTREAM_FAILED" in second.value.message
-        assert 25 < second.value.retry_after_s <= 30
-        assert time.monotonic() - began < 2.0
-        assert rig.requests("only") == 2
+        assert resting.value.reason == "BACKENDS_RESTING"
+        assert "the last time with UPSTREAM_FAILED" in resting.value.message
+        assert 25 < resting.value.retry_after_s <= 30
+        assert time.monotonic() - began < 3.0
+        # The first request tries three times, which is one failure to the breaker.
+        assert rig.requests("only") == 4
 
 
 @FORMS

@@ -251,6 +251,21 @@ def test_limits_of_a_model_are_kept():
     assert chosen.choose(small, "acme").completed(small).sampling.max_tokens == 64
 
 
+def test_a_fallback_is_left_out_where_the_request_is_beyond_its_limits():
+    first = SMALL.model_copy(update={"fallbacks": ("tight", "short", "large")})
+    tight = ModelSettings(name="tight", limits=ModelLimits(max_output_tokens=64))
+    short = ModelSettings(name="short", context_tokens=100)
+    chosen = router(first, tight, short, LARGE)
+
+    def fallbacks(**more):
+        route = chosen.choose(replace(ASK, model="small", **more), "acme")
+        return [each.name for each in route.fallbacks]
+
+    assert fallbacks() == ["tight", "short", "large"]
+    assert fallbacks(sampling=Sampling(max_tokens=65)) == ["short", "large"]
+    assert fallbacks(messages=(Message("user", "x" * 2_000),)) == ["tight", "large"]
+
+
 def test_auto_leaves_out_models_whose_context_is_too_short():
     short = SMALL.model_copy(update={"context_tokens": 40})
     long = replace(ASK, messages=(Message("user", "x" * 200),))

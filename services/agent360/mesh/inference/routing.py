@@ -40,7 +40,8 @@ class Route:
     because: str = ""
     """What decided it, such as ``tools`` or ``length: 812 tokens``; empty: the caller named it."""
     fallbacks: tuple[ModelSettings, ...] = ()
-    """What can be tried after it, in this order; they can all do what the request needs."""
+    """What can be tried after it, in this order; they can all do what the request needs, and it is
+    within their limits."""
     task_class: TaskClass | None = None
     """The class that the request was given; None: the caller named the model."""
     parameters: ClassParameters = _NO_PARAMETERS
@@ -124,7 +125,7 @@ class Router:
             if missing:
                 raise lacking(model.name, missing)
             _check_limits(prompt, model)
-            fallbacks = self._named(model, tenant, needed)
+            fallbacks = self._named(model, tenant, needed, prompt)
             return Route(model, EXPLICIT, fallbacks=fallbacks, policy=policy_of(model, prompt))
         return self._choose_by_class(prompt, tenant, needed)
 
@@ -166,7 +167,7 @@ class Router:
         if not affordable:
             raise self._too_dear(wish, fitting)
         model, *others = self._ranking.in_order(wish, affordable)
-        named = self._named(model, tenant, needed)
+        named = self._named(model, tenant, needed, prompt)
         others = [each for each in others if each not in named][:_MAX_FALLBACKS]
         return Route(
             model,
@@ -199,17 +200,25 @@ class Router:
         return verdict
 
     def _named(
-        self, model: ModelSettings, tenant: str, needed: set[CapabilityName]
+        self,
+        model: ModelSettings,
+        tenant: str,
+        needed: set[CapabilityName],
+        prompt: Prompt | None = None,
     ) -> tuple[ModelSettings, ...]:
         """The fallbacks that a model names, as far as they can do what is needed."""
         if not model.fallbacks:
             return ()
         usable = {each.name: each for each in self._catalogue.usable(tenant)}
-        return tuple(
+        able = [
             usable[name]
             for name in model.fallbacks
             if name in usable and needed <= set(usable[name].capabilities)
-        )
+        ]
+        if prompt is not None and able:
+            tokens = estimate_prompt(prompt)
+            able = [each for each in able if _within_limits(prompt, tokens, each)]
+        return tuple(able)
 
 
 def _first(own: float | None, default: float | None) -> float | None:

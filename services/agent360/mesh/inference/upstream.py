@@ -8,7 +8,7 @@ import random
 import time
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Generic, TypeVar
 
 import grpc
@@ -389,7 +389,7 @@ class Upstream:
             outcome = "ok"
         except MeshError as error:
             outcome = error.reason
-            usage, wasted = self._failed(attempt, job, error)
+            usage, wasted = self._failed(attempt, request, error)
             if attempt.spoke_at is not None and error is not attempt.refusal:
                 raise attempt.broken(error) from error
             error.metadata = {**error.metadata, **attempt.facts()}
@@ -425,11 +425,11 @@ class Upstream:
             # What comes whole says nothing until it is done.
             first_s = None
         if first_s is None and whole_s is None:
-            return await job.run(backend, model.upstream_name, attempt.hear)
+            return await job.run(backend, model, attempt.hear)
         limit = attempt.limited(first_s, whole_s)
         try:
             async with limit:
-                return await job.run(backend, model.upstream_name, attempt.hear)
+                return await job.run(backend, model, attempt.hear)
         except MeshError:
             raise
         except TimeoutError as error:
@@ -439,13 +439,18 @@ class Upstream:
                 raise errors.stalled(backend.name, first_s) from error
             raise errors.timed_out(backend.name, whole_s or 0.0) from error
 
-    def _failed(self, attempt: Attempt, job: Job[T], error: MeshError) -> tuple[Usage | None, bool]:
+    def _failed(
+        self, attempt: Attempt, request: _Request[T], error: MeshError
+    ) -> tuple[Usage | None, bool]:
         """Notes what an error says of a backend.
 
         Returns:
             What the try used, None for nothing; and whether that was wasted.
         """
-        attempt.failed(error.reason, ill=is_ill(error) and error is not attempt.refusal)
+        job, ill = request.job, is_ill(error) and error is not attempt.refusal
+        attempt.failed(error.reason, ill=ill, again=attempt.backend in request.failed_by)
+        if ill and error.reason != "UPSTREAM_UNREACHABLE":
+            request.failed_by.add(attempt.backend)
         if error.retry_after_s:
             # Limits are of a model; a server that is overloaded or in maintenance is so as a whole.
             concerned = "" if is_ill(error) else attempt.model.name
@@ -474,6 +479,8 @@ class _Request(Generic[T]):
     route: Route
     job: Job[T]
     bill: Bill
+    failed_by: set[str] = field(default_factory=set)
+    """Backends that were reached and failed it."""
 
 
 @dataclass(frozen=True, slots=True)
