@@ -4,6 +4,8 @@ import asyncio
 import json
 
 import pytest
+from support.openai_front import ALONE, sdk
+from support.servers import running
 
 from agent360.client.errors import MeshError
 from agent360.mesh.bench.tiny_model import CONTEXT_TOKENS, write_tiny_model
@@ -144,3 +146,27 @@ async def test_real_probabilities_of_tokens_are_read(backend, streamed):
         assert each.logprob <= 0
         assert len(each.alternatives) == 3
         assert each.token_bytes
+
+
+async def test_real_probabilities_reach_the_openai_sdk_whole_and_streamed(llama_url):
+    values = {"backends": [{"url": llama_url}], "models": [{"name": "tiny"}], **ALONE}
+    asked = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "Hi"}],
+        "logprobs": True,
+        "top_logprobs": 3,
+        "max_tokens": 8,
+        "temperature": 0.0,
+    }
+    async with running("inference", **values) as server, sdk(server) as client:
+        whole = await client.chat.completions.create(**asked)
+        fresh = {"agent360": {"cache": {"no_cache": True}}}
+        stream = await client.chat.completions.create(stream=True, extra_body=fresh, **asked)
+        choices = [choice async for chunk in stream for choice in chunk.choices]
+    told = whole.choices[0].logprobs.content
+    streamed = [each for choice in choices if choice.logprobs for each in choice.logprobs.content]
+    assert told
+    for each in told:
+        assert each.logprob <= 0
+        assert len(each.top_logprobs) == 3
+    assert [each.bytes for each in streamed] == [each.bytes for each in told]

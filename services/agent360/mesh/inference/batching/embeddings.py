@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
+from agent360.client.errors import MeshError
 from agent360.mesh.inference import tokens
 from agent360.mesh.inference.answers import Usage
 from agent360.mesh.inference.batching.batcher import Batcher
@@ -148,7 +149,11 @@ class _SharedCalls:
     def _slots(self) -> int:
         model = self.route.model
         most = model.batch.max_in_flight * len(model.backends)
-        return min(most, self._queues.capacity(model))
+        try:
+            return min(most, self._queues.capacity(model))
+        except MeshError:
+            # No backend is left: the batch that finds out tells its callers.
+            return 1
 
     async def _run(self, parts: Sequence[_Part], ticket: Ticket) -> list[RanEmbeddings]:
         texts = tuple(text for part in parts for text in part.texts)
