@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import structlog
 from support.polling import eventually_async
+from support.servers import running
 
 from agent360.client.errors import MeshError
 from agent360.mesh.bench.tiny_model import write_tiny_model
@@ -22,6 +23,7 @@ from agent360.mesh.inference.conversation import (
 )
 from agent360.mesh.inference.local.backend import LocalBackend
 from agent360.mesh.inference.local.settings import LocalEngineSettings
+from agent360.mesh.runtime.settings import SettingError
 
 pytest.importorskip("xllamacpp", reason="xllamacpp is not installed")
 
@@ -269,6 +271,14 @@ async def test_a_file_that_is_no_model_says_so(tmp_path, content):
 
     await eventually_async(failed)
     await backend.close()
+
+
+async def test_a_file_that_is_not_there_stops_the_service_from_starting(tmp_path):
+    missing = tmp_path / "missing.gguf"
+    engines = [{"name": "own", "path": missing}]
+    with pytest.raises(SettingError, match=f"own: there is no file {missing}"):
+        async with running("inference", engines=engines, backends=[]):
+            pass
 
 
 def llama_sockets() -> list[Path]:

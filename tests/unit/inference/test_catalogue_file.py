@@ -24,6 +24,7 @@ GOOD = '[[models]]\nname = "small"\nbackends = ["gpu"]\n'
         (GOOD + 'weights = { tpu = 2 }', 4, "not backends of small: tpu"),
         (GOOD + "[[models]]\nweight = 2\n", 4, "name: is missing"),
         ('[[models]]\nname = "auto"\nbackends = ["gpu"]', 2, "meaning of its own"),
+        ('[[models]]\nname = "s\\nX: y"\nbackends = ["gpu"]', 2, "name: "),
         ("[plans]\n", 1, "'plans' is not known"),
         ('models = ["small"]\n', 1, "are written as"),
     ],

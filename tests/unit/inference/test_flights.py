@@ -8,7 +8,7 @@ from agent360.client.errors import MeshError, UnavailableError
 from agent360.mesh.inference.answers import Answer, Source, ToolCallPiece, Usage
 from agent360.mesh.inference.flights import Flights
 from agent360.mesh.inference.metering.sharing import SharedBill
-from agent360.mesh.inference.ports import Payer
+from agent360.mesh.inference.ports import Amount, Payer
 
 SOMEBODY = Payer("acme", "m")
 ANSWER = Answer("abc", (), "stop", Usage(1, 1), "m", "b")
@@ -121,6 +121,16 @@ async def test_the_call_is_cancelled_and_not_joined_when_the_last_one_leaves(fli
     assert flights.find("key") is None
     async with asyncio.timeout(1):
         await stage.stopped.wait()
+
+
+async def test_a_call_that_is_left_before_it_begins_is_settled_all_the_same(flights):
+    stage = Stage()
+    flight = flights.launch("key", SOMEBODY, SharedBill("leader"), stage.work)
+    with flights.follow(flight, leads=True):
+        pass
+    assert flight.bill.total == Amount()
+    await settle()
+    assert stage.runs == 0
 
 
 async def test_a_failure_reaches_all_followers_after_what_was_said_before_it(flights):

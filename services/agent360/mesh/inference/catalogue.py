@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 
 import grpc
 
 from agent360.client.errors import MeshError, UnavailableError
 from agent360.mesh.inference.answers import Usage
-from agent360.mesh.inference.settings import CapabilityName, ModelSettings
+from agent360.mesh.inference.settings import MAX_MODEL_NAME, CapabilityName, ModelSettings
+from agent360.mesh.runtime.validation import PRINTABLE
 
 _NAMES_IN_ERROR = 20
 
@@ -71,7 +73,7 @@ class Catalogue:
                 name=name, backends=tuple(found), capabilities=_capabilities_by_name(name)
             )
             for name, found in backends.items()
-            if name and name != "auto"
+            if name != "auto" and len(name) <= MAX_MODEL_NAME and re.match(PRINTABLE, name)
         }
 
     def _unknown(self, name: str, tenant: str) -> MeshError:

@@ -22,7 +22,7 @@ from agent360.mesh.inference.answers import (
 )
 from agent360.mesh.inference.metering.sharing import SharedBill
 from agent360.mesh.inference.metering.till import Charge
-from agent360.mesh.inference.ports import Payer
+from agent360.mesh.inference.ports import Amount, Payer
 from agent360.mesh.inference.queueing import Ticket
 from agent360.mesh.inference.routing import Route
 from agent360.mesh.inference.tokens import size_of
@@ -66,6 +66,8 @@ class Flight(Generic[T]):
         """The longest wait for a turn of the model that whom it began for allows; None: any."""
         self.followers: set[Follower[T]] = set()
         self.task: asyncio.Task[None] | None = None
+        self.begun = False
+        """Whether its work has begun: a task that is cancelled before never does."""
 
     @property
     def ended(self) -> bool:
@@ -237,6 +239,8 @@ class Flights(Generic[T]):
             if not flight.followers and not flight.ended and flight.task is not None:
                 self._withdraw(flight)
                 flight.task.cancel()
+                if not flight.begun:
+                    flight.bill.settle(Amount())
 
     async def close(self) -> None:
         """Cancels all flights and waits for their end."""
@@ -245,6 +249,7 @@ class Flights(Generic[T]):
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _run(self, flight: Flight[T], work: Work[T]) -> None:
+        flight.begun = True
         try:
             await work(flight)
         except asyncio.CancelledError:

@@ -43,6 +43,7 @@ from agent360.mesh.runtime import pages
 from agent360.mesh.runtime.call import Call, Emit, Item
 from agent360.mesh.runtime.http_calls import HttpCalls
 from agent360.mesh.runtime.service import ServiceContext, ServiceDefinition
+from agent360.mesh.runtime.settings import SettingError
 from agent360.mesh.runtime.telemetry import MESH_TENANT
 from agent360.mesh.runtime.watched_file import WatchedFile
 
@@ -291,5 +292,8 @@ def _members(settings: InferenceSettings, log: structlog.stdlib.BoundLogger) -> 
         Member(OpenAIBackend(each, max_answer_bytes=settings.max_answer_bytes), probed=each.probe)
         for each in settings.backends
     ]
+    for engine in settings.engines:
+        if not engine.path.is_file():
+            raise SettingError(f"engines: {engine.name}: there is no file {engine.path}")
     engines = [Member(LocalBackend(each, log), probed=True) for each in settings.engines]
     return servers + engines

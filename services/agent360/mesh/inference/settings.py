@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Final, Literal
 
 from pydantic import Field, SecretStr, model_validator
 
@@ -28,8 +28,11 @@ from agent360.mesh.inference.local.settings import LocalEngineSettings
 from agent360.mesh.inference.metering.settings import LimitSettings, UsageSettings
 from agent360.mesh.inference.queueing.settings import ConcurrencySettings, QueueSettings
 from agent360.mesh.runtime.settings import DeadlineSettings, ServerSettings, Settings
+from agent360.mesh.runtime.validation import PRINTABLE
 
 CapabilityName = Literal["chat", "tools", "json_schema", "embeddings", "images"]
+MAX_MODEL_NAME: Final = 256
+"""Characters of a model's name, at most."""
 BackendPolicy = Literal["least_tokens", "two_choices", "weights"]
 SchemaForm = Literal["json_schema", "guided", "tgi"]
 Affinity = Literal["none", "session", "prefix"]
@@ -38,7 +41,7 @@ Affinity = Literal["none", "session", "prefix"]
 class BackendSettings(Settings):
     """A model server that speaks the OpenAI API."""
 
-    name: str = Field(default="default", min_length=1, max_length=128)
+    name: str = Field(default="default", pattern=PRINTABLE, max_length=128)
     """Names the backend in answers, logs and metrics."""
     url: str = Field(default="http://127.0.0.1:8370/v1", pattern=r"^https?://")
     """Base URL of the API, such as http://127.0.0.1:8000/v1; the default is the simulator's."""
@@ -89,7 +92,7 @@ class ModelLimits(Settings):
 class ModelSettings(Settings):
     """A model of the catalogue."""
 
-    name: str = Field(min_length=1, max_length=256)
+    name: str = Field(pattern=PRINTABLE, max_length=MAX_MODEL_NAME)
     """Its name in requests; not ``auto``."""
     backends: tuple[str, ...] = ("default",)
     """The backends that run it; which one is asked says ``policy``."""

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from agent360.mesh.runtime.settings import Settings
+from agent360.mesh.runtime.validation import PRINTABLE
 
 Pooling = Literal["mean", "cls", "last"]
 
@@ -19,7 +20,7 @@ class LocalEngineSettings(Settings):
         >>> LocalEngineSettings(name="local", path=Path("qwen3-4b-q4_k_m.gguf"), parallel=4)
     """
 
-    name: str = Field(default="local", min_length=1, max_length=128)
+    name: str = Field(default="local", pattern=PRINTABLE, max_length=128)
     """Names the backend in answers, logs and metrics."""
     path: Path
     """The model: a GGUF file of any quantisation."""
