@@ -282,18 +282,23 @@ async def test_a_file_that_is_not_there_stops_the_service_from_starting(tmp_path
 
 
 def llama_sockets() -> list[Path]:
-    """Unix sockets on which llama.cpp listens."""
-    rows = Path("/proc/net/unix").read_text().splitlines()
-    return [Path(row.split()[-1]) for row in rows if row.endswith("/llama.sock")]
+    """Unix sockets on which llama.cpp listens in this process."""
+    rows = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()]
+    own = own_sockets()
+    return [Path(row[-1]) for row in rows if row[-1].endswith("/llama.sock") and row[6] in own]
 
 
 def listening_ports() -> set[str]:
     """TCP sockets on which this process listens."""
     listening = "0A"
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    inodes = {f"socket:[{row[9]}]" for row in rows if row[3] == listening}
+    return {row[9] for row in rows if row[3] == listening} & own_sockets()
+
+
+def own_sockets() -> set[str]:
+    """Inodes of the sockets that this process holds."""
     found = set()
     for descriptor in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):
-            found.add(str(descriptor.readlink()))
-    return found & inodes
+            found.add(str(descriptor.readlink()).removeprefix("socket:[").removesuffix("]"))
+    return found
