@@ -245,6 +245,20 @@ async def test_slots_bound_what_runs_and_come_back_however_it_ends(tmp_path):
         await settled(rig, "slots", 0)
 
 
+async def test_a_service_that_stops_gives_back_its_slots_first(tmp_path):
+    models = [{**MODELS[0], "concurrency_slots": True}]
+    many = SLOTS.replace("amount = 2", "amount = 50")
+    async with inference_mesh(tmp_path, limits=many, models=models, grace_s=0.1) as rig:
+        running = [asyncio.create_task(ask(rig, f"[[sim:ttft=20]] {n}")) for n in range(40)]
+        await eventually(lambda: rig.simulator.load.running == 40)
+        assert await rig.used("slots") == 40
+        await rig.servers[0].stop()
+        assert await rig.used("slots") == 0
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+
 async def test_a_slot_is_kept_for_as_long_as_the_model_runs(tmp_path):
     models = [{**MODELS[0], "concurrency_slots": True}]
     own = {"models": models, "limits": {"slot_ttl_s": 1.5}}

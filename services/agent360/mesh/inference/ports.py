@@ -141,6 +141,9 @@ class Reservation(NamedTuple):
 class Quota(Protocol):
     """Limits of requests, tokens, money and slots."""
 
+    async def close(self) -> None:
+        """Gives back what is still held; waits for that, but not for ever."""
+
     def admit_at_once(self, payer: Payer) -> bool:
         """Charges one request if that can be decided in this process; False: ask ``admit``.
 

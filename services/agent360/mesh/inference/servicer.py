@@ -73,6 +73,7 @@ class InferenceServicer:
         )
         limits = settings.limits
         peers = connect_peers(mesh, settings, context.registry, log)
+        self._quota = peers.quota
         self._counter = TokenCounter(Tokenizers(log), self._fleet.known_members)
         statistics = Statistics(mesh.metrics)
         context.registry.register(statistics)
@@ -144,6 +145,7 @@ class InferenceServicer:
             await self._file.close()
         await self._generation.close()
         await self._embedding.close()
+        await self._quota.close()
         await self._upstream.close()
         self._queues.close()
         await self._fleet.close()

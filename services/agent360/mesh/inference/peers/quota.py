@@ -58,6 +58,10 @@ class MeshQuota:
         self._free_until: dict[tuple[str, Payer], float] = {}
         self._slots = Slots(mesh.ratelimit, slot_ttl_s, timeout_s)
 
+    async def close(self) -> None:
+        """See ``Quota.close``."""
+        await self._slots.close()
+
     def admit_at_once(self, payer: Payer) -> bool:
         """See ``Quota.admit_at_once``."""
         decision = self._mesh.ratelimit.spend(
@@ -202,6 +206,9 @@ class MeshQuota:
 
 class NoQuota:
     """The port ``Quota`` where nothing is limited."""
+
+    async def close(self) -> None:
+        """See ``Quota.close``."""
 
     def admit_at_once(self, payer: Payer) -> bool:  # noqa: ARG002
         """See ``Quota.admit_at_once``."""

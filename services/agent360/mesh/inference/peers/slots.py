@@ -30,6 +30,11 @@ class Slots:
         self._timeout_s = timeout_s
         self._returning: set[asyncio.Task[None]] = set()
 
+    async def close(self) -> None:
+        """Waits until what is being given back has been, or is not answered in time."""
+        if self._returning:
+            await asyncio.wait(self._returning, timeout=2 * self._timeout_s)
+
     @contextlib.asynccontextmanager
     async def held(
         self,
