@@ -7,7 +7,7 @@ import contextlib
 import contextvars
 import time
 from collections.abc import Callable, Coroutine, Hashable, Iterator, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from agent360.client.errors import UnavailableError
 from agent360.mesh.inference.answers import (
@@ -28,6 +28,9 @@ from agent360.mesh.inference.routing import Route
 from agent360.mesh.inference.tokens import size_of
 
 T = TypeVar("T")
+
+_ADMISSION: Final = "admission"
+_PIECES: Final = "pieces"
 
 
 class Flight(Generic[T]):
@@ -77,7 +80,7 @@ class Flight(Generic[T]):
     def admit(self) -> None:
         """Notes that limits let the call pass."""
         self.admitted = True
-        self._wake()
+        self._wake(_ADMISSION)
 
     def want(self, until: float) -> None:
         """Notes that somebody waits until a deadline, on the monotonic clock."""
@@ -92,7 +95,7 @@ class Flight(Generic[T]):
             self.first_piece = time.monotonic()
         self.pieces += pieces
         self.said_bytes += sum(map(_size, pieces))
-        self._wake()
+        self._wake(_PIECES)
 
     def land(self, answer: T, source: Source = Source.MODEL) -> None:
         """Ends it with an answer, all of whose pieces were pushed."""
@@ -105,9 +108,11 @@ class Flight(Generic[T]):
             self.error = error
             self._wake()
 
-    def _wake(self) -> None:
+    def _wake(self, happened: str = "") -> None:
+        """Wakes those who wait for it; all where the flight has ended."""
         for follower in self.followers:
-            follower.woken.set()
+            if not happened or follower.awaits == happened:
+                follower.wake()
 
 
 class Follower(Generic[T]):
@@ -118,7 +123,16 @@ class Follower(Generic[T]):
         ...     delta = follower.take()
     """
 
-    __slots__ = ("_bytes_taken", "_taken", "charge", "flight", "late", "leads", "woken")
+    __slots__ = (
+        "_bytes_taken",
+        "_taken",
+        "_waiter",
+        "awaits",
+        "charge",
+        "flight",
+        "late",
+        "leads",
+    )
 
     def __init__(self, flight: Flight[T], leads: bool) -> None:
         self.flight = flight
@@ -128,7 +142,9 @@ class Follower(Generic[T]):
         """Whether the answer was there before this caller came."""
         self.charge: Charge | None = None
         """What was set aside for a caller who joined; None: nothing."""
-        self.woken = asyncio.Event()
+        self.awaits = ""
+        """What wakes this caller before the end."""
+        self._waiter: asyncio.Future[None] | None = None
         self._taken = 0
         self._bytes_taken = 0
 
@@ -149,7 +165,7 @@ class Follower(Generic[T]):
     async def admitted(self) -> None:
         """Waits until limits let the flight pass, or it ended."""
         while not self.flight.admitted and not self.flight.ended:
-            await self._woken()
+            await self._woken(_ADMISSION)
 
     async def more(self) -> bool:
         """Waits until there is something to take; False: everything was taken.
@@ -165,7 +181,7 @@ class Follower(Generic[T]):
                 raise flight.error.with_traceback(None)
             if flight.answer is not None:
                 return False
-            await self._woken()
+            await self._woken(_PIECES)
 
     def take(self) -> Delta:
         """What was said since the last time, put together."""
@@ -185,12 +201,21 @@ class Follower(Generic[T]):
         while flight.answer is None:
             if flight.error is not None:
                 raise flight.error.with_traceback(None)
-            await self._woken()
+            await self._woken("the end")
         return flight.answer
 
-    async def _woken(self) -> None:
-        self.woken.clear()
-        await self.woken.wait()
+    def wake(self) -> None:
+        """Something happened that this caller waits for."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def _woken(self, awaits: str) -> None:
+        self.awaits = awaits
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
 
 
 Work = Callable[[Flight[T]], Coroutine[Any, Any, None]]
