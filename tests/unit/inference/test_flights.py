@@ -133,6 +133,40 @@ async def test_a_call_that_is_left_before_it_begins_is_settled_all_the_same(flig
     assert stage.runs == 0
 
 
+async def test_who_flies_alone_does_the_work_itself_and_is_joined_by_nobody(flights):
+    stage = Stage()
+    flight = flights.alone(SOMEBODY, SharedBill("leader"), stage.work)
+    with flights.follow(flight, leads=True) as follower:
+        asking = asyncio.create_task(follower.answer())
+        await settle()
+        assert len(flights) == 0
+        assert flights.find(flight.key) is None
+        stage.lines.put_nowait(["abc"])
+        stage.lines.put_nowait(None)
+        assert await asking is ANSWER
+    assert stage.runs == 1
+
+
+async def test_who_flies_alone_hears_of_failures_and_stops_the_work_by_leaving(flights):
+    stage = Stage()
+    stage.lines.put_nowait(MeshError(None, "BROKEN", "it broke"))
+    flight = flights.alone(SOMEBODY, SharedBill("leader"), stage.work)
+    with flights.follow(flight, leads=True) as follower, pytest.raises(MeshError):
+        await follower.answer()
+    flight = flights.alone(SOMEBODY, SharedBill("leader"), stage.work)
+    with flights.follow(flight, leads=True) as follower:
+        asking = asyncio.create_task(follower.answer())
+        await settle()
+        asking.cancel()
+        await asyncio.wait((asking,))
+        assert stage.stopped.is_set()
+    unused = flights.alone(SOMEBODY, SharedBill("leader"), stage.work)
+    with flights.follow(unused, leads=True):
+        pass
+    assert unused.bill.total == Amount()
+    assert stage.runs == 2
+
+
 async def test_a_failure_reaches_all_followers_after_what_was_said_before_it(flights):
     stage = Stage()
     flight = flights.launch("key", SOMEBODY, SharedBill("leader"), stage.work)

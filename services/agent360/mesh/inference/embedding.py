@@ -122,6 +122,7 @@ class EmbeddingService:
             payer=payer,
             place=place,
             alone=control.no_cache,
+            solo=control.no_cache and control.no_store,
             streamed=False,
             most=most,
             # Vectors come all at once: before, nothing was made.

@@ -69,6 +69,8 @@ class Flight(Generic[T]):
         """The longest wait for a turn of the model that whom it began for allows; None: any."""
         self.followers: set[Follower[T]] = set()
         self.task: asyncio.Task[None] | None = None
+        self.work: Callable[[], Coroutine[Any, Any, None]] | None = None
+        """What its only caller has yet to do itself; None where a task does it."""
         self.begun = False
         """Whether its work has begun: a task that is cancelled before never does."""
 
@@ -198,6 +200,9 @@ class Follower(Generic[T]):
             Exception: what the flight failed with.
         """
         flight = self.flight
+        if flight.work is not None:
+            work, flight.work = flight.work, None
+            await work()
         while flight.answer is None:
             if flight.error is not None:
                 raise flight.error.with_traceback(None)
@@ -226,7 +231,8 @@ class Flights(Generic[T]):
     """The flights of a service.
 
     A flight is a task of its own, in an empty context: it outlives the caller it began for while
-    another waits, and is cancelled when nobody does.
+    another waits, and is cancelled when nobody does. One that nobody can join needs none
+    (``alone``).
     """
 
     def __init__(self) -> None:
@@ -252,6 +258,15 @@ class Flights(Generic[T]):
         task.add_done_callback(self._tasks.discard)
         return flight
 
+    def alone(self, payer: Payer, bill: SharedBill, work: Work[T]) -> Flight[T]:
+        """A flight that nobody can join: its caller does the work on the way to the answer.
+
+        That spares a task and the way there and back. Only for work that ends with its answer.
+        """
+        flight: Flight[T] = Flight(None, payer, bill)
+        flight.work = lambda: self._run(flight, work)
+        return flight
+
     @contextlib.contextmanager
     def follow(self, flight: Flight[T], *, leads: bool) -> Iterator[Follower[T]]:
         """Waits for a flight; leaving it as the last one cancels it."""
@@ -261,9 +276,10 @@ class Flights(Generic[T]):
             yield follower
         finally:
             flight.followers.discard(follower)
-            if not flight.followers and not flight.ended and flight.task is not None:
+            if not flight.followers and not flight.ended:
                 self._withdraw(flight)
-                flight.task.cancel()
+                if flight.task is not None:
+                    flight.task.cancel()
                 if not flight.begun:
                     flight.bill.settle(Amount())
 

@@ -31,6 +31,8 @@ class Share(Generic[T]):
     """Where its answer is kept: that of an identical request is the same."""
     alone: bool
     """Whether it takes no part in another's flight."""
+    solo: bool
+    """Whether it is also whole and not kept, so that nothing is left to do after its answer."""
     streamed: bool
     """Whether pieces are wanted as the model says them."""
     most: Callable[[], Awaitable[Amount]]
@@ -132,6 +134,8 @@ class Joining(Generic[T]):
                 flight.bill.settle(Amount())
 
         bill = SharedBill(self._settings.billing)
+        if share.solo:
+            return self._flights.alone(share.payer, bill, work)
         flight = self._flights.launch((share.place, share.streamed), share.payer, bill, work)
         flight.patience_s = share.patience_s
         return flight

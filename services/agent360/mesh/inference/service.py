@@ -250,6 +250,7 @@ class GenerationService:
             payer=payer,
             place=place,
             alone=prompt.cache.no_cache,
+            solo=prompt.cache.no_cache and prompt.cache.no_store and not streamed,
             streamed=streamed,
             most=most,
             produced=lambda flight: produced_of(flight, prompt, route),
