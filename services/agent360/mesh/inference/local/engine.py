@@ -182,7 +182,8 @@ class LocalEngine:
         parameters.n_ctx = settings.context_tokens * settings.parallel
         parameters.n_gpu_layers = settings.gpu_layers
         parameters.flash_attn_type = _flash_attention(parameters.flash_attn_type, settings)
-        threads = settings.threads or os.cpu_count() or 1
+        # Threads wait for each other by spinning: one whose core is taken holds all of them up.
+        threads = settings.threads or max(1, (os.cpu_count() or 1) - 1)
         parameters.cpuparams.n_threads = threads
         parameters.cpuparams_batch.n_threads = threads
         parameters.warmup = settings.warm_up

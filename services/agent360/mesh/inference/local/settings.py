@@ -31,7 +31,7 @@ class LocalEngineSettings(Settings):
     context_tokens: int = Field(default=4096, ge=64)
     """Most tokens of prompt and answer together, of each of them."""
     threads: int = Field(default=0, ge=0)
-    """Threads that compute; 0: as many as there are cores."""
+    """Threads that compute; 0: as many as there are cores, less one for all the rest."""
     gpu_layers: int = Field(default=0, ge=0)
     """Layers that run on a GPU, where llama.cpp was built for one."""
     flash_attention: Literal["auto", "on", "off"] = "auto"
