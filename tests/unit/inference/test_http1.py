@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
+import trustme
 from support.polling import eventually
 
 from agent360.mesh.inference.backends import http1
@@ -262,3 +265,29 @@ async def test_a_server_that_is_not_there_is_told() -> None:
     for _ in range(2):
         with pytest.raises(http1.NoConnectionError):
             await client.ask("GET", "/", {}, within_s=5.0)
+
+
+async def test_over_tls_the_server_must_be_who_it_should_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority = trustme.CA()
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("localhost").configure_cert(context)
+    server = await asyncio.start_server(Raw(says(OK)).serve, "127.0.0.1", 0, ssl=context)
+    port = server.sockets[0].getsockname()[1]
+
+    async def ask() -> bytes:
+        client = http1.HttpServer(f"https://localhost:{port}", most=1, connect_timeout_s=5.0)
+        try:
+            return await asked(client)
+        finally:
+            await client.close()
+
+    try:
+        with pytest.raises(http1.NoConnectionError):
+            await ask()
+        authority.cert_pem.write_to_path(tmp_path / "authority.pem")
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "authority.pem"))
+        assert await ask() == b"ok"
+    finally:
+        server.close()
