@@ -51,7 +51,7 @@ def test_a_flood_of_50_to_1_at_most_doubles_the_p99_of_the_other_tenant() -> Non
             latencies.append(await use(queues, model, ticket))
             await asyncio.sleep(sizes.expovariate(1 / 0.2))
         if flooded:
-            assert backend.running == 8, "the backend was saturated to the end"
+            assert backend.running >= 7, "the backend was saturated to the end"
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -60,6 +60,110 @@ def test_a_flood_of_50_to_1_at_most_doubles_the_p99_of_the_other_tenant() -> Non
     alone = quantile(run_virtually(calm_latencies(flooded=False)), 0.99)
     beside = quantile(run_virtually(calm_latencies(flooded=True)), 0.99)
     assert beside <= 2 * alone
+
+
+@pytest.mark.parametrize("slots", [2, 4, 8])
+def test_answers_ten_times_as_large_at_most_double_the_p99_of_the_other_tenant(slots: int) -> None:
+    async def calm_latencies(*, flooded: bool) -> list[float]:
+        backend = TimedBackend(fixed_s=0.02, per_unit_s=0.001)
+        queues, model = queues_of(backend, slots=slots), model_on(backend)
+        loop = asyncio.get_running_loop()
+        over = False
+
+        async def flood(number: int) -> None:
+            # Half of the answers are much smaller than they might have been.
+            while not over:
+                async with queues.turn(model, Ticket("flood", tokens=400)) as turn:
+                    used = 400 if number % 2 else 10
+                    await turn.member.backend.work(used)  # type: ignore[attr-defined]
+                    turn.outcome(tokens=used)
+
+        latencies = [await use(queues, model, Ticket("calm", tokens=40)) for _ in range(10)]
+        tasks = [loop.create_task(flood(number)) for number in range(100 if flooded else 0)]
+        await asyncio.sleep(1.0)
+        latencies = [await use(queues, model, Ticket("calm", tokens=40)) for _ in range(200)]
+        over = True
+        await asyncio.gather(*tasks)
+        return latencies
+
+    alone = quantile(run_virtually(calm_latencies(flooded=False)), 0.99)
+    beside = quantile(run_virtually(calm_latencies(flooded=True)), 0.99)
+    assert beside <= 2 * alone
+
+
+def test_a_slot_is_kept_only_while_another_tenant_came_lately() -> None:
+    async def main() -> list[int]:
+        backend = TimedBackend()
+        queues, model = queues_of(backend, slots=4), model_on(backend, queue={"keep_slot_s": 5.0})
+        loop = asyncio.get_running_loop()
+        running = []
+
+        async def flood() -> None:
+            while loop.time() < 10.0:
+                await use(queues, model, Ticket("flood", tokens=100))
+
+        tasks = [loop.create_task(flood()) for _ in range(20)]
+        await asyncio.sleep(1.05)
+        running.append(backend.running)
+        await use(queues, model, Ticket("calm", tokens=10))
+        await asyncio.sleep(2.0)
+        running.append(backend.running)
+        await asyncio.sleep(4.0)
+        running.append(backend.running)
+        await asyncio.gather(*tasks)
+        return running
+
+    assert run_virtually(main()) == [4, 3, 4]
+
+
+@pytest.mark.parametrize("visited", [False, True], ids=["two", "two and a visitor"])
+def test_busy_tenants_share_by_weight_and_none_starves_beside_a_kept_slot(visited: bool) -> None:
+    async def main() -> dict[str, int]:
+        backend = TimedBackend()
+        weights = {"small": 1.0, "large": 7.0}
+        queues = queues_of(backend, slots=4, weights=weights)
+        model = model_on(backend, queue={"timeout_s": None})
+        loop = asyncio.get_running_loop()
+        served = dict.fromkeys([*weights, "visitor"], 0)
+
+        async def keep_busy(tenant: str, size: int) -> None:
+            while loop.time() < 200.0:
+                await use(queues, model, Ticket(tenant, tokens=size))
+                served[tenant] += size
+
+        async with asyncio.TaskGroup() as tasks:
+            for number in range(30):
+                tasks.create_task(keep_busy("small", 50 + 10 * number))
+                tasks.create_task(keep_busy("large", 50 + 10 * number))
+            while visited and loop.time() < 200.0:
+                await asyncio.sleep(5.0)
+                await use(queues, model, Ticket("visitor", tokens=10))
+                served["visitor"] += 10
+        return served
+
+    served = run_virtually(main())
+    assert served["large"] / served["small"] == pytest.approx(7.0, rel=0.1)
+    assert served["visitor"] >= 300 * visited
+
+
+def test_a_tenant_with_a_claim_meets_a_deadline_that_those_who_wait_could_not() -> None:
+    async def main() -> None:
+        backend = TimedBackend()
+        queues, model = queues_of(backend, slots=4), model_on(backend, queue={"timeout_s": None})
+        loop = asyncio.get_running_loop()
+        for _ in range(3):
+            await use(queues, model, Ticket("calm", tokens=100))
+        flood = [
+            loop.create_task(use(queues, model, Ticket("flood", tokens=5_000))) for _ in range(99)
+        ]
+        await asyncio.sleep(0.1)
+        ticket = Ticket("calm", tokens=100, deadline=loop.time() + 0.15)
+        assert await use(queues, model, ticket) == pytest.approx(0.1)
+        for task in flood:
+            task.cancel()
+        await asyncio.gather(*flood, return_exceptions=True)
+
+    run_virtually(main())
 
 
 def test_a_tenants_latency_does_not_depend_on_how_much_the_flood_has_queued() -> None:
@@ -374,6 +478,7 @@ def test_under_random_cancels_capacity_holds_and_nothing_is_lost_or_answered_twi
         assert counts.pending == 0
         assert counts.successes + sum(counts.failures.values()) == count
         # All turns were given back: as many as there are slots go ahead at once.
+        await asyncio.sleep(model.queue.keep_slot_s + 1.0)
         began = loop.time()
         await asyncio.gather(
             *(use(queues, model, Ticket("after", tokens=50)) for _ in range(2 * slots))

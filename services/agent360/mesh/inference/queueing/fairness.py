@@ -69,14 +69,20 @@ class FairShares(Generic[P]):
         self.size += 1
         self.cost += waiter.cost
 
-    def take(self) -> Waiter[P]:
-        """Removes and charges the waiter whose turn it is; there must be one."""
+    def first(self) -> Waiter[P]:
+        """The waiter whose turn it is; there must be one."""
         while True:
-            used, stamp, tenant = heapq.heappop(self._heap)
+            _, stamp, tenant = self._heap[0]
             flow = self._flows.get(tenant)
             if flow is not None and flow.waiters.size and flow.stamp == stamp:
-                break
-        waiter = flow.waiters.first()
+                return flow.waiters.first()
+            heapq.heappop(self._heap)
+
+    def take(self) -> Waiter[P]:
+        """Removes and charges the waiter whose turn it is; there must be one."""
+        waiter = self.first()
+        used, _, tenant = heapq.heappop(self._heap)
+        flow = self._flows[tenant]
         self._clock = max(self._clock, used)
         flow.used = used + waiter.cost / flow.weight
         self._removed(waiter, flow)
@@ -114,6 +120,12 @@ class FairShares(Generic[P]):
         flow.used += by / flow.weight
         if flow.waiters.size:
             self._enlist(tenant, flow)
+
+    def got_less(self, tenant: str, than: str) -> bool:
+        """Whether a tenant that comes now got no more for its weight than another."""
+        one, other = self._flows.get(tenant), self._flows.get(than)
+        start = self._clock if one is None else max(one.used, self._clock)
+        return start <= (self._clock if other is None else max(other.used, self._clock))
 
     def waiters_of(self, tenant: str) -> ByUrgency[P] | None:
         """What a tenant waits for; None: nothing."""

@@ -107,12 +107,22 @@ class Line(Generic[P]):
         """Removes the next waiter, whose tenant is charged for it; None: nobody waits."""
         if not self.size:
             return None
-        level = next(at for at, shares in enumerate(self._levels) if shares.size)
-        starving = None if self._gave_way else self._starving_below(level, now)
-        self._gave_way = starving is not None
-        waiter = self._levels[level if starving is None else starving].take()
+        level, self._gave_way = self._next_level(now)
+        waiter = self._levels[level].take()
         self._forget(waiter)
         return waiter
+
+    def first(self, now: float) -> Waiter[P] | None:
+        """Who ``take`` would remove."""
+        return self._levels[self._next_level(now)[0]].first() if self.size else None
+
+    def holds(self, tenant: str) -> bool:
+        """Whether a tenant waits for something."""
+        return tenant in self._held
+
+    def got_less(self, tenant: str, than: Waiter[P]) -> bool:
+        """Whether a tenant, if it came now at the level of another's, got no more than that one."""
+        return self._levels[than.level].got_less(tenant, than.ticket.tenant)
 
     def put_back(self, waiter: Waiter[P]) -> None:
         """Undoes ``take``."""
@@ -182,6 +192,12 @@ class Line(Generic[P]):
             yield each, above + without, above + with_it
 
     # ---------------------------------------------------------------- levels
+
+    def _next_level(self, now: float) -> tuple[int, bool]:
+        """The level that is served next, and whether one above it gives way to it."""
+        level = next(at for at, shares in enumerate(self._levels) if shares.size)
+        starving = None if self._gave_way else self._starving_below(level, now)
+        return (level, False) if starving is None else (starving, True)
 
     def _insert(self, waiter: Waiter[P]) -> None:
         tenant = waiter.ticket.tenant

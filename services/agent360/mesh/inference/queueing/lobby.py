@@ -70,12 +70,18 @@ class Lobby(Generic[C]):
         self._count(waiter, 1)
         self._watch()
 
-    def take(self, now: float) -> Waiter[C] | None:
-        """The next caller; None: nobody waits.
+    def take(
+        self, now: float, withheld: Callable[[Waiter[C]], bool] | None = None
+    ) -> Waiter[C] | None:
+        """The next caller; None: nobody waits, or what there is to get is ``withheld`` from it.
 
         Those that are too late to be answered in time are turned away instead.
         """
-        while (waiter := self.line.take(now)) is not None:
+        line = self.line
+        while (waiter := line.first(now)) is not None:
+            if withheld is not None and withheld(waiter):
+                return None
+            line.take(now)
             if not self._too_late(waiter, now):
                 self._count(waiter, -1)
                 return waiter

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 import grpc
 
 from agent360.client.errors import MeshError, UnavailableError
+from agent360.mesh.inference.queueing.kept_slot import KeptSlot
 from agent360.mesh.inference.queueing.limits import Limit, Sample, limit_of
 from agent360.mesh.inference.queueing.lobby import Lobby
 from agent360.mesh.inference.queueing.pace import Pace
@@ -60,7 +61,8 @@ class Queues:
 
     A request that finds a backend with room goes ahead at once; otherwise it waits in its model's
     line (``Line``). A turn that ends is handed to the next waiter in the same step: no task, no
-    polling. A backend that several models share gives its turns to their lines in rotation.
+    polling. A backend that several models share gives its turns to their lines in rotation. The
+    last free one may be kept for a tenant that has none (``KeptSlot``).
 
     Example:
         >>> queues = Queues(fleet, selector.choose, {"gpu": ConcurrencySettings()}, Statistics())
@@ -166,17 +168,33 @@ class Queues:
 class _Gate:
     """What a backend works on, within its limit, and the queues that wait for it."""
 
-    __slots__ = ("limit", "running", "waiting")
+    __slots__ = ("held", "limit", "running", "waiting")
 
     def __init__(self, limit: Limit) -> None:
         self.limit = limit
         self.running = 0
+        self.held: dict[str, int] = {}
+        """Of ``running``, how much is each tenant's."""
         self.waiting: OrderedDict[_ModelQueue, None] = OrderedDict()
 
     @property
     def open(self) -> bool:
         """Whether there is room for one more."""
         return self.running < self.limit.value
+
+    def begin(self, tenant: str) -> None:
+        """A request of a tenant is sent."""
+        self.running += 1
+        self.held[tenant] = self.held.get(tenant, 0) + 1
+
+    def end(self, tenant: str) -> None:
+        """A request of a tenant has ended."""
+        self.running -= 1
+        left = self.held[tenant] - 1
+        if left:
+            self.held[tenant] = left
+        else:
+            del self.held[tenant]
 
     def hand_on(self) -> None:
         """Gives free turns to the queues that wait, in rotation."""
@@ -221,7 +239,7 @@ class _ModelQueue:
     """Who waits for one model.
 
     Invariant: while somebody waits, every gate of the model is closed, or those first in line
-    exclude the backends behind the open ones.
+    exclude the backends behind the open ones, or the last free turn is kept from them.
     """
 
     def __init__(
@@ -242,6 +260,7 @@ class _ModelQueue:
         self._choose = choose
         self._clock = clock
         self._waits_at: set[_Gate] = set()
+        self._kept = KeptSlot(weight_of)
         self._pace = Pace(lambda: self.running)
         self.lobby: Lobby[_Place] = Lobby(model.queue, weight_of, self._pace, counts, clock)
 
@@ -256,7 +275,9 @@ class _ModelQueue:
         now, line = self._clock(), self.lobby.line
         waiter = line.waiter(_Place(excluding), ticket, now)
         free, gates = self._free(excluding)
-        if free and not line.size:
+        if not ticket.batched:
+            self._kept.came(waiter, now, line.settings.keep_slot_s)
+        if free and self._goes_ahead(waiter, gates, now):
             line.charge(waiter)
             return self._grant(waiter, free, now)
         self.lobby.enter(waiter)
@@ -284,8 +305,12 @@ class _ModelQueue:
         lobby, now = self.lobby, self._clock()
         passed_over: list[Waiter[_Place]] = []
         granted = False
+
+        def withheld(waiter: Waiter[_Place]) -> bool:
+            return self._is_kept_from(waiter, self._free(waiter.payload.excluding)[1], now)
+
         while not granted and len(passed_over) < _MOST_PASSED_OVER:
-            waiter = lobby.take(now)
+            waiter = lobby.take(now, withheld)
             if waiter is None:
                 break
             place = waiter.payload
@@ -310,6 +335,27 @@ class _ModelQueue:
         self._rest_if_empty()
         return granted
 
+    def _goes_ahead(self, waiter: Waiter[_Place], gates: list[_Gate], now: float) -> bool:
+        """Whether one that comes while there is room need not wait in line."""
+        line = self.lobby.line
+        if not line.size:
+            return not self._is_kept_from(waiter, gates, now)
+        slots = sum(gate.limit.value for gate in gates)
+        return self._kept.is_kept_for(waiter, line, slots, _held_at(gates))
+
+    def _is_kept_from(self, waiter: Waiter[_Place], gates: list[_Gate], now: float) -> bool:
+        """Whether the last free turn is kept for another tenant."""
+        if waiter.ticket.batched:
+            return False
+        slots = free = 0
+        for gate in gates:
+            limit = gate.limit.value
+            slots += limit
+            free += max(0, limit - gate.running)
+        if free != 1:
+            return False
+        return self._kept.is_kept_from(waiter, self.lobby.line, slots, _held_at(gates), now)
+
     def _free(self, excluding: frozenset[str]) -> tuple[list[Member], list[_Gate]]:
         """The members that have room, and the gates of all."""
         members = self._backends.members(self.model, excluding)
@@ -333,7 +379,7 @@ class _ModelQueue:
         at_work = self._backends.at_work(member, self.model.name, ticket.tokens)
         at_work.__enter__()
         gate = self._gate_of(member)
-        gate.running += 1
+        gate.begin(ticket.tenant)
         self.running += 1
         turn = Turn(member, now - waiter.arrived, self._clock)
         return _Grant(waiter, turn, gate, at_work, now)
@@ -376,7 +422,7 @@ class _ModelQueue:
             self.counts.failed(tenant, reason_of(error))
 
     def _release(self, grant: _Grant, error: BaseException | None) -> None:
-        grant.gate.running -= 1
+        grant.gate.end(grant.waiter.ticket.tenant)
         self.running -= 1
         if error is None:
             grant.at_work.__exit__(None, None, None)
@@ -429,6 +475,11 @@ class _Visit(AbstractAsyncContextManager[Turn]):
         grant, self._grant = self._grant, None
         if grant is not None:
             self._queue.finish(grant, error)
+
+
+def _held_at(gates: Sequence[_Gate]) -> Callable[[str], int]:
+    """How many turns tenants have at these backends."""
+    return lambda tenant: sum(gate.held.get(tenant, 0) for gate in gates)
 
 
 def _overloaded(error: MeshError) -> bool:

@@ -34,6 +34,9 @@ class QueueSettings(Settings):
     """What becomes of one that waited longer: it fails, or waits behind all others."""
     allow_shorter_timeout: bool = True
     """Whether a request may set a shorter timeout for itself; never a longer one."""
+    keep_slot_s: float = Field(default=10.0, ge=0)
+    """A tenant that runs something leaves the last free slot to those that run nothing and asked
+    within this time, in seconds; 0: slots are never kept free."""
     refuse_hopeless: bool = True
     """Whether a request that would miss its deadline, as things stand, is refused on arrival."""
 
