@@ -53,6 +53,11 @@ demo: $(VENV)/.installed  ## stream a few hundred requests through the mesh (UPS
 containers:  ## build the container images of the four services
 	@scripts/containers.sh
 
+.PHONY: litellm
+litellm:  ## install the LiteLLM proxy in .cache/litellm, for bench inference (about 750 MB)
+	@$(PYTHON) -m venv .cache/litellm
+	@.cache/litellm/bin/pip install --quiet 'litellm[proxy]>=1.80'
+
 .PHONY: bench
 bench: $(VENV)/.installed  ## what a call costs beside bare gRPC
 	$(BIN)/agent360-mesh bench calls

@@ -1,10 +1,14 @@
 """The example files are what the services take."""
 
 import json
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from agent360.mesh.inference import InferenceSettings
+from agent360.mesh.inference.catalogue_file import read_models
 from agent360.mesh.ratelimit.limits_file import read_limits
 from agent360.mesh.runtime.config import load
 from agent360.mesh.services import NAMES, service_kind
@@ -27,6 +31,30 @@ def test_the_limits_apply_as_their_comments_say() -> None:
     assert limits.of("umbrella-labs")["requests-per-minute"].amount == 60
     assert limits.of("acme")["tool-calls"].shadow
     assert limits.of("acme")["searches"].per == ("tenant", "user")
+
+
+def test_the_catalogue_holds_for_the_backends_of_the_configuration() -> None:
+    loaded = load(service_kind("inference").settings, config=EXAMPLES / "mesh.toml", environ={})
+    small, large, embedder = read_models(EXAMPLES / "models.toml", loaded.settings.backend_names)
+    assert (small.fallbacks, small.affinity) == (("large",), "prefix")
+    assert (small.task_classes, large.task_classes) == (("simple",), ("complex",))
+    assert embedder.capabilities == ("embeddings",)
+
+
+def test_the_settings_shown_in_the_documentation_hold() -> None:
+    text = (ROOT / "docs" / "inference.md").read_text()
+    blocks = [tomllib.loads(each) for each in re.findall(r"```toml\n(.*?)```", text, re.DOTALL)]
+    for block in blocks:
+        if "models" in block:
+            names = sorted({name for model in block["models"] for name in model["backends"]})
+            block["backends"] = [{"name": name} for name in names]
+            block["models"] += [
+                {"name": name, "backends": names}
+                for model in block["models"]
+                for name in model["fallbacks"]
+            ]
+        InferenceSettings.model_validate(block.get("inference", block))
+    assert len(blocks) > 5
 
 
 def test_the_requests_are_those_of_an_agent_platform() -> None:

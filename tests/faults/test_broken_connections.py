@@ -5,6 +5,7 @@ import os
 import time
 
 import pytest
+from support.polling import eventually
 from support.servers import running
 
 from agent360.client import Mesh, UnavailableError
@@ -99,3 +100,25 @@ async def test_closing_the_client_fails_what_still_waits() -> None:
         with pytest.raises(UnavailableError) as caught:
             await waiting
         assert caught.value.reason == "CLIENT_CLOSED"
+
+
+async def test_a_last_answer_of_a_drained_stream_does_not_make_calls_wait_for_a_gone_service() -> (
+    None
+):
+    async with (
+        running("cache", grace_s=5.0) as server,
+        Mesh.connect(cache=server.address, tenant="acme", api_key="", patience=1.0) as mesh,
+    ):
+        await mesh.cache.claim("k", fill_timeout=1.0)
+        claiming = asyncio.create_task(mesh.cache.claim("k", timeout=20))
+        await mesh.cache.get("other")
+        stopping = asyncio.create_task(server.stop())
+        await eventually(lambda: not server.ready)
+        reading = asyncio.create_task(mesh.cache.get("other", timeout=30))
+        assert (await claiming).fill_token
+        await stopping
+        began = time.monotonic()
+        with pytest.raises(UnavailableError) as caught:
+            await reading
+        assert time.monotonic() - began < 10.0
+    assert caught.value.reason == "UNREACHABLE"

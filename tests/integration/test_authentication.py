@@ -17,6 +17,7 @@ from agent360.client import InvalidRequestError, Mesh, MeshError
 from agent360.client.channel import open_channel
 from agent360.client.errors import from_rpc_error, from_status
 from agent360.mesh.cache import CacheServicer, CacheSettings
+from agent360.mesh.inference import InferenceSettings
 from agent360.mesh.runtime.policies.authentication import hash_key
 from agent360.mesh.runtime.server import Server
 
@@ -204,6 +205,38 @@ async def test_where_tenants_are_known_others_are_refused() -> None:
             grpc.StatusCode.PERMISSION_DENIED,
             "TENANT_UNKNOWN",
         )
+
+
+async def test_a_reserved_tenant_is_for_services_and_operators_alone() -> None:
+    keys = [
+        {"name": "everyone's", "sha256": hash_key("key-all"), "tenants": ("*",)},
+        {"name": "gateway", "sha256": hash_key("key-mesh"), "tenants": ("*",), "service": True},
+        {"name": "operator", "sha256": hash_key("key-admin"), "tenants": ("*",), "admin": True},
+    ]
+    async with running("cache", authentication={"keys": keys}) as server:
+        error = await refused(server.address, "key-all", "shared-answers")
+        assert (error.code, error.reason) == (grpc.StatusCode.PERMISSION_DENIED, "TENANT_RESERVED")
+        for key in ("key-mesh", "key-admin"):
+            async with Mesh.connect(
+                cache=server.address, tenant="shared-answers", api_key=key
+            ) as mesh:
+                assert not (await mesh.cache.get("k")).hit
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "tenant"),
+    [
+        (CacheSettings, {}, "shared-answers"),
+        (CacheSettings, {"tenants": {"reserved": ("common",)}}, "common"),
+        (InferenceSettings, {"cache": {"shared_tenant": "common"}}, "common"),
+    ],
+)
+def test_no_key_can_be_bound_to_a_reserved_tenant(kind: Any, more: Any, tenant: str) -> None:
+    key = {"name": "app", "sha256": hash_key("k"), "tenants": ("acme", tenant)}
+    with pytest.raises(ValueError, match=f"app is bound to {tenant}, which "):
+        kind.model_validate({"authentication": {"keys": [key]}, **more})
+    own = {**key, "service": True}
+    assert kind.model_validate({"authentication": {"keys": [own]}, **more})
 
 
 async def test_health_is_told_to_everyone_and_channelz_to_callers_on_the_machine() -> None:

@@ -2,18 +2,22 @@
 
 import asyncio
 import math
+import random
 import time
+from collections import Counter
 from dataclasses import dataclass, field, replace
 
 import grpc
 import pytest
 import structlog
+from prometheus_client import CollectorRegistry
 from support.inference_ports import Ledger, MemoryAnswers, TokenBudget
 from support.polling import eventually
 
 from agent360.client.errors import MeshError, RateLimitedError
 from agent360.mesh.inference.answers import Source
 from agent360.mesh.inference.backends.openai import OpenAIBackend
+from agent360.mesh.inference.caching.settings import CoalescingSettings
 from agent360.mesh.inference.catalogue import Catalogue
 from agent360.mesh.inference.conversation import (
     CacheControl,
@@ -22,11 +26,20 @@ from agent360.mesh.inference.conversation import (
     Prompt,
     Sampling,
 )
+from agent360.mesh.inference.counting.counter import TokenCounter
+from agent360.mesh.inference.counting.tokenizers import Tokenizers
 from agent360.mesh.inference.embedding import EmbeddingService
-from agent360.mesh.inference.fleet import Fleet, Health, Member
+from agent360.mesh.inference.failover.breaker import Breakers
+from agent360.mesh.inference.failover.settings import RetrySettings
+from agent360.mesh.inference.failover.tally import Tally
+from agent360.mesh.inference.fleet import Fleet
+from agent360.mesh.inference.members import Health, Member
+from agent360.mesh.inference.queueing import Queues, Statistics
 from agent360.mesh.inference.routing import Router
+from agent360.mesh.inference.selection import Selector
 from agent360.mesh.inference.service import GenerationService
 from agent360.mesh.inference.settings import BackendSettings, InferenceSettings, ModelSettings
+from agent360.mesh.inference.upstream import Upstream
 from agent360.mesh.runtime.call import Call, Principal
 from agent360.mesh.simulator import Simulator, SimulatorSettings
 
@@ -98,10 +111,19 @@ async def rig():
         )
         await fleet.start()
         ports = (MemoryAnswers(), TokenBudget(), Ledger())
+        counter = TokenCounter(Tokenizers(structlog.get_logger()), fleet.known_members)
+        breakers = Breakers()
+        upstream = Upstream(
+            Queues(fleet, Selector(random.Random(0)).choose, {}, Statistics()),
+            Tally(CollectorRegistry(), breakers),
+            breakers,
+            RetrySettings(max_tries=1),
+        )
+        router = Router(catalogue, configured.auto, 500)
         made = Rig(
             simulator,
-            GenerationService(configured, Router(catalogue, configured.auto, 500), fleet, *ports),
-            EmbeddingService(configured, catalogue, fleet, *ports),
+            GenerationService(configured, router, upstream, counter, *ports),
+            EmbeddingService(configured, router, upstream, counter, *ports),
             fleet,
             *ports,
         )
@@ -225,8 +247,10 @@ async def test_a_break_in_the_middle_is_told_within_100_ms_with_what_was_produce
         await listen()
     assert time.monotonic() - last < 0.1
     error = caught.value
-    assert (error.code, error.reason) == (grpc.StatusCode.UNAVAILABLE, "UPSTREAM_BROKE")
+    assert (error.code, error.reason) == (grpc.StatusCode.UNAVAILABLE, "STREAM_BROKEN")
     assert "".join(heard) == "This is a simulated answer, made without a model, about"
+    assert error.metadata["cause"] == "UPSTREAM_BROKE"
+    assert error.metadata["partial_text"] == "".join(heard)
     assert error.metadata["produced_bytes"] == str(len("".join(heard)))
     assert int(error.metadata["produced_tokens_estimate"]) > 0
     assert not rig.cache.entries
@@ -265,6 +289,36 @@ async def test_one_users_limit_does_not_deny_another_who_joined(rig):
     denied, answered = await asyncio.gather(poor, rich, return_exceptions=True)
     assert isinstance(denied, RateLimitedError)
     assert answered.source is Source.MODEL
+
+
+@pytest.mark.parametrize("billing", ["leader", "each", "split"])
+async def test_callers_who_come_and_go_leave_nothing_open_and_one_true_record_each(rig, billing):
+    rig.service._settings = rig.service._settings.model_copy(
+        update={"coalescing": CoalescingSettings(billing=billing)}
+    )
+    chance = random.Random(7)
+
+    async def come_and_go(n: int) -> None:
+        text = f"[[sim:ttft=0.03]][[sim:itl=0.003]][[sim:tokens=20]] plan {n % 5}"
+        if n % 20 == 0:
+            text += " [[sim:break=4]]"
+        work = (rig.ask, rig.hear)[n % 2](text, cache=CacheControl(no_store=n % 7 != 0))
+        task = asyncio.create_task(work)
+        await asyncio.sleep(chance.random() * 0.15)
+        if chance.random() < 0.5:
+            task.cancel()
+        await asyncio.wait((task,))
+
+    for _ in range(3):
+        await asyncio.gather(*(come_and_go(n) for n in range(100)))
+    await eventually(lambda: not rig.budget.open)
+    await eventually(lambda: len(rig.ledger.records) == 300)
+    charged = sum(record.charged_tokens for record in rig.ledger.records)
+    assert charged == rig.budget.used_tokens["acme"] > 0
+    sources = Counter(record.source for record in rig.ledger.records)
+    assert min(sources[None], sources[Source.COALESCED], sources[Source.MODEL]) > 0
+    if billing == "leader":
+        assert charged == sum(u.input_tokens + u.output_tokens for _, _, u, _ in rig.ledger.usages)
 
 
 async def test_an_answer_without_usage_is_metered_by_an_estimate(rig):

@@ -18,6 +18,7 @@ from agent360.client import (
     Tool,
     UnavailableError,
 )
+from agent360.client.inference import TokenCount
 from agent360.inference.v1 import inference_pb2 as pb
 from agent360.mesh.inference import InferenceServicer, InferenceSettings
 from agent360.mesh.runtime.server import Server
@@ -201,7 +202,8 @@ async def test_a_broken_upstream_is_told_with_what_was_produced(mesh):
 
     with pytest.raises(UnavailableError) as caught:
         await hear()
-    assert caught.value.reason == "UPSTREAM_BROKE"
+    assert caught.value.reason == "STREAM_BROKEN"
+    assert caught.value.metadata["partial_text"] == "".join(texts)
     assert caught.value.metadata["produced_bytes"] == str(len("".join(texts)))
 
 
@@ -223,7 +225,7 @@ async def test_vectors_and_token_counts_cross_the_wire(mesh):
     found = await mesh.inference.embed(["one text", "another"], model="embedder", dimensions=8)
     assert [len(vector) for vector in found.vectors] == [8, 8]
     count = await mesh.inference.count_tokens("four and four", model="small")
-    assert (count.input_tokens, count.estimated) == (8, True)
+    assert count == TokenCount(7, estimated=False, tokenizer="backend")
 
 
 async def test_models_are_listed_in_pages_and_masked(mesh):
@@ -284,3 +286,23 @@ async def test_the_service_is_ready_only_when_a_backend_answers():
             await starting
         assert server.ready
         await server.stop()
+
+
+async def test_probabilities_of_tokens_cross_the_wire_whole_and_in_pieces(mesh):
+    request = GenerateRequest("Hi", model="small", logprobs=True, top_logprobs=2)
+    whole = await mesh.inference.generate(request)
+    assert "".join(each.token for each in whole.logprobs) == whole.text
+    assert all(each.logprob < 0 for each in whole.logprobs)
+    assert [len(each.alternatives) for each in whole.logprobs] == [2] * len(whole.logprobs)
+    assert whole.logprobs[0].token_bytes == whole.logprobs[0].token.encode()
+    stream = mesh.inference.stream(GenerateRequest("Hi", model="small", logprobs=True))
+    heard = [each for delta in [delta async for delta in stream] for each in delta.logprobs]
+    assert "".join(each.token for each in heard) == stream.answer.text
+    assert stream.answer.logprobs == tuple(heard)
+    plain = await mesh.inference.generate("Hi", model="small")
+    assert not plain.logprobs
+    with pytest.raises(InvalidRequestError) as refused:
+        await mesh.inference.generate(
+            GenerateRequest("Hi", model="small", logprobs=True, top_logprobs=21)
+        )
+    assert [each.field for each in refused.value.violations] == ["sampling.top_logprobs"]

@@ -368,3 +368,21 @@ async def test_a_watch_carries_nothing_of_the_call_that_opened_it(server: Server
         await asyncio.sleep(0.4)  # the first caller's deadline is over
         assert not task.done()
         assert (await get_twice(mesh, "k"))[1]
+
+
+async def test_a_peek_sees_what_is_near_asks_nobody_and_is_counted_as_a_hit(
+    near: Mesh, other: Mesh
+) -> None:
+    await other.cache.set("k", b"v")
+    assert near.cache.peek("k") is None
+    misses = near.cache.near_stats.misses
+    assert near.cache.peek("k", tenant="globex") is None
+    assert near.cache.near_stats.misses == misses
+    await near.cache.get("k")
+    hits = near.cache.near_stats.hits
+    found = near.cache.peek("k")
+    assert found is not None
+    assert (found.value, near.cache.near_stats.hits) == (b"v", hits + 1)
+    await near.cache.delete("k")
+    assert near.cache.peek("k") is None
+    assert other.cache.peek("k") is None

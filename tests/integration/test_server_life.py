@@ -299,7 +299,7 @@ async def test_a_signal_while_it_waits_for_its_backends_stops_it(
     port, http_port = free_ports(2)
     monkeypatch.setenv("AGENT360_INFERENCE__BACKENDS", '[{"url": "http://127.0.0.1:1/v1"}]')
     async with process("inference", f"--port={port}", f"--http-port={http_port}") as server:
-        await logged(server, "no backend answers yet; waiting for one")
+        await logged(server, "no backend is ready yet; waiting for one")
         server.send_signal(signal.SIGTERM)
         await logged(server, "stopped")
         assert await server.wait() == 0

@@ -136,3 +136,35 @@ async def test_vectors_come_as_numbers_or_in_base64(simulator, session):
     assert [len(row["embedding"]) for row in rows] == [8, 8]
     async with session.post(url, json={**request, "encoding_format": "base64"}) as response:
         assert isinstance((await response.json())["data"][0]["embedding"], str)
+
+
+async def test_the_load_is_told_over_http(simulator, session):
+    for _ in range(2):
+        async with session.post(f"{simulator.url}/chat/completions", json=chat("Hi")) as response:
+            await response.read()
+    async with session.get(simulator.url.replace("/v1", "/sim/load")) as response:
+        load = await response.json()
+    assert load["requests"] == 2
+    assert load["by_path"] == {"/v1/chat/completions": 2}
+    assert load["running"] == 0
+
+
+async def test_the_first_requests_can_be_refused_with_a_time_to_come_back(session):
+    settings = SimulatorSettings(**FAST, error_first=2, error_status=429, error_retry_after_s=1.5)
+    async with Simulator(settings) as simulator:
+        answers = []
+        for _ in range(3):
+            url = f"{simulator.url}/chat/completions"
+            async with session.post(url, json=chat("Hi")) as response:
+                answers.append((response.status, response.headers.get("Retry-After")))
+    assert answers == [(429, "1.5"), (429, "1.5"), (200, None)]
+
+
+async def test_probabilities_of_tokens_are_told_where_they_are_asked_for(simulator, session):
+    request = chat("Hi", logprobs=True, top_logprobs=2)
+    async with session.post(f"{simulator.url}/chat/completions", json=request) as response:
+        choice = (await response.json())["choices"][0]
+    told = choice["logprobs"]["content"]
+    assert "".join(each["token"] for each in told) == choice["message"]["content"]
+    assert all(len(each["top_logprobs"]) == 2 for each in told)
+    assert all(each["logprob"] < 0 for each in told)

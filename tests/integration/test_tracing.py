@@ -10,6 +10,7 @@ import grpc
 import pytest
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.sdk.trace import TracerProvider
+from support.openai_front import fronted, sdk
 from support.raw_streams import RawStream
 from support.servers import running
 
@@ -291,3 +292,24 @@ async def test_no_call_inherits_the_tenant_or_trace_of_another(receiver: Any) ->
         number = int(span.trace_id.hex(), 16) - 1
         assert attributes(span)["agent360.tenant"] == f"tenant{number}"
         assert span.parent_span_id.hex() == f"{number + 1:016x}"
+
+
+async def test_a_request_to_the_http_front_belongs_to_its_callers_trace(receiver: Any) -> None:
+    servicer, settings = receiver
+    async with (
+        Simulator(SimulatorSettings(port=0)) as simulator,
+        fronted(simulator, **settings) as server,
+        sdk(server) as client,
+    ):
+        for traceparent in (SAMPLED, UNSAMPLED, "nonsense"):
+            await client.chat.completions.create(
+                model="small",
+                messages=[{"role": "user", "content": "Hi"}],
+                extra_headers={"traceparent": traceparent},
+            )
+    (span,) = [
+        each for _, each in servicer.spans if each.name.endswith("InferenceService/Generate")
+    ]
+    assert span.trace_id.hex() == TRACE
+    assert span.parent_span_id.hex() == PARENT
+    assert attributes(span)["agent360.tenant"] == "default"

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
-from agent360.client.errors import QuotaViolation, RateLimitedError
+from agent360.client.errors import MeshError, QuotaViolation, RateLimitedError
 from agent360.mesh.inference.answers import Source, Usage
+from agent360.mesh.inference.ports import (
+    Amount,
+    Claimed,
+    Payer,
+    Place,
+    Reservation,
+    UsageRecord,
+)
 
 
 @dataclass
@@ -16,44 +26,80 @@ class MemoryAnswers:
     entries: dict[tuple[str, str, str], bytes] = field(default_factory=dict)
     ttls: dict[str, float] = field(default_factory=dict)
 
-    async def get(self, tenant: str, namespace: str, key: str) -> bytes | None:
-        return self.entries.get((tenant, namespace, key))
+    def near(self, place: Place) -> bytes | None:
+        return None
 
-    async def put(self, tenant: str, namespace: str, key: str, value: bytes, ttl_s: float) -> None:
-        self.entries[tenant, namespace, key] = value
-        self.ttls[key] = ttl_s
+    async def get(self, place: Place) -> bytes | None:
+        return self.entries.get(tuple(place))
+
+    async def claim(self, place: Place, wait_s: float) -> Claimed:
+        return Claimed(self.entries.get(tuple(place)))
+
+    async def put(self, place: Place, value: bytes, ttl_s: float, token: str = "") -> None:
+        self.entries[tuple(place)] = value
+        self.ttls[place.key] = ttl_s
+
+    async def abandon(self, place: Place, token: str, error: MeshError) -> None:
+        raise AssertionError("nothing was claimed")
 
 
 @dataclass
 class TokenBudget:
-    """A budget of requests and tokens for each tenant, and of tokens for each user of it."""
+    """A budget of requests, tokens and money for each tenant, and of tokens for each user of it."""
 
     requests: int = 1_000_000
     tokens: int = 1_000_000
+    micro_usd: int = 1_000_000_000
+    slots: int = 1_000_000
     user_tokens: dict[str, int] = field(default_factory=dict)
     used_requests: Counter[str] = field(default_factory=Counter)
     used_tokens: Counter[str] = field(default_factory=Counter)
-    open: dict[str, tuple[str, int]] = field(default_factory=dict)
+    used_micro_usd: Counter[str] = field(default_factory=Counter)
+    used_slots: Counter[str] = field(default_factory=Counter)
+    open: dict[str, tuple[str, Amount]] = field(default_factory=dict)
     made: int = 0
 
-    async def admit(self, tenant: str, model: str, user: str) -> None:
-        if self.used_requests[tenant] >= self.requests:
+    def admit_at_once(self, payer: Payer) -> bool:
+        return False
+
+    async def admit(self, payer: Payer) -> None:
+        if self.used_requests[payer.tenant] >= self.requests:
             raise self._denied("requests")
-        self.used_requests[tenant] += 1
+        self.used_requests[payer.tenant] += 1
 
-    async def reserve(self, tenant: str, model: str, user: str, tokens: int) -> str:
-        of_user = self.user_tokens.get(user, tokens)
-        if self.used_tokens[tenant] + tokens > self.tokens or tokens > of_user:
+    def free(self, payer: Payer, most: Amount) -> bool:
+        return False
+
+    async def reserve(self, payer: Payer, most: Amount) -> Reservation:
+        tenant = payer.tenant
+        of_user = self.user_tokens.get(payer.user, most.tokens)
+        if self.used_tokens[tenant] + most.tokens > self.tokens or most.tokens > of_user:
             raise self._denied("tokens")
-        self.used_tokens[tenant] += tokens
+        if self.used_micro_usd[tenant] + most.micro_usd > self.micro_usd:
+            raise self._denied("money")
+        self._charge(tenant, most)
         self.made += 1
-        self.open[f"r{self.made}"] = (tenant, tokens)
-        return f"r{self.made}"
+        self.open[f"r{self.made}"] = (tenant, most)
+        return Reservation(f"r{self.made}")
 
-    async def settle(self, tenant: str, reservation: str, tokens: int) -> None:
-        owner, reserved = self.open.pop(reservation)
-        assert owner == tenant
-        self.used_tokens[tenant] += tokens - reserved
+    async def settle(self, payer: Payer, reservation: Reservation, used: Amount) -> None:
+        owner, most = self.open.pop(reservation.tokens)
+        assert owner == payer.tenant
+        self._charge(owner, Amount(used.tokens - most.tokens, used.micro_usd - most.micro_usd))
+
+    @contextlib.asynccontextmanager
+    async def slot(self, payer: Payer) -> AsyncIterator[None]:
+        if self.used_slots[payer.tenant] >= self.slots:
+            raise self._denied("slots")
+        self.used_slots[payer.tenant] += 1
+        try:
+            yield
+        finally:
+            self.used_slots[payer.tenant] -= 1
+
+    def _charge(self, tenant: str, amount: Amount) -> None:
+        self.used_tokens[tenant] += amount.tokens
+        self.used_micro_usd[tenant] += amount.micro_usd
 
     @staticmethod
     def _denied(what: str) -> RateLimitedError:
@@ -66,17 +112,29 @@ class TokenBudget:
 class Ledger:
     """Writes down what happened."""
 
-    answers: list[tuple[str, str, Source]] = field(default_factory=list)
-    failures: list[tuple[str, str, str]] = field(default_factory=list)
+    records: list[UsageRecord] = field(default_factory=list)
     usages: list[tuple[str, str, Usage, float]] = field(default_factory=list)
 
-    def answered(
-        self, tenant: str, model: str, source: Source, total_s: float, first_token_s: float | None
-    ) -> None:
-        self.answers.append((tenant, model, source))
+    @property
+    def answers(self) -> list[tuple[str, str, Source]]:
+        """Tenant, model and source of each request that was answered."""
+        return [
+            (each.payer.tenant, each.payer.model, each.source)
+            for each in self.records
+            if each.source is not None
+        ]
 
-    def failed(self, tenant: str, model: str, reason: str) -> None:
-        self.failures.append((tenant, model, reason))
+    @property
+    def failures(self) -> list[tuple[str, str, str]]:
+        """Tenant, model and reason of each request that was not."""
+        return [
+            (each.payer.tenant, each.payer.model, each.outcome)
+            for each in self.records
+            if each.source is None
+        ]
+
+    def record(self, record: UsageRecord) -> None:
+        self.records.append(record)
 
     def consumed(
         self, tenant: str, model: str, backend: str, usage: Usage, cost_usd: float

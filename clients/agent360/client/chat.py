@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Final, Literal
@@ -106,6 +106,17 @@ class GenerateRequest:
     """0 to 2."""
     top_p: float | None = None
     """0 to 1."""
+    top_k: int | None = None
+    """Only the k most likely tokens; not known to every backend."""
+    frequency_penalty: float | None = None
+    """-2 to 2."""
+    presence_penalty: float | None = None
+    """-2 to 2."""
+    logprobs: bool = False
+    """Whether to tell how probable each token was, where the backend can."""
+    top_logprobs: int = 0
+    """How many of the most probable tokens to tell at each place; at most 20; implies
+    ``logprobs``."""
     seed: int | None = None
     """Makes an answer repeatable where the backend can."""
     stop: Sequence[str] = ()
@@ -116,6 +127,8 @@ class GenerateRequest:
     """``auto``, ``none`` or ``required``; another text names the one tool to call."""
     json_schema: Mapping[str, Any] | None = None
     """JSON Schema that the answer must follow."""
+    json_schema_strict: bool = False
+    """Whether it must follow the schema exactly, where the model can promise it."""
     json_object: bool = False
     """Whether the answer must be a JSON object."""
     task_class: Literal["", "simple", "complex"] = ""
@@ -126,12 +139,16 @@ class GenerateRequest:
     """For ``auto``: the latency aimed at, in seconds."""
     session_id: str = ""
     """For ``auto``: requests of one session go to the same backend where possible."""
+    queue_timeout: float | None = None
+    """Longest wait for a turn of the model, in seconds; only ever shortens the service's bound."""
     cache_ttl: float | None = None
     """Seconds that the answer may be kept; None: the service's default."""
     no_cache: bool = False
     """Do not answer from the cache."""
     no_store: bool = False
     """Do not keep the answer."""
+    share: bool = False
+    """Share the answer with other tenants that ask for it too; needs the service's agreement."""
     user: str = ""
     """The end user; limits may count by it."""
 
@@ -153,6 +170,20 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """How probable a token of an answer was."""
+
+    token: str
+    """The token as text."""
+    logprob: float
+    """Natural logarithm of its probability."""
+    token_bytes: bytes = b""
+    """Its bytes; empty where the backend does not tell."""
+    alternatives: tuple[TokenLogprob, ...] = ()
+    """The most probable tokens at its place, the most probable first."""
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """A whole answer."""
 
@@ -171,11 +202,19 @@ class Answer:
     backend: str
     """The backend that answered."""
     rule: str
-    """The routing rule that chose it."""
+    """The routing rule that chose the model."""
+    because: str
+    """What decided the rule, such as ``tools``; empty where the request named the model."""
+    policy: str
+    """What chose among the model's backends, such as ``session`` or ``least_tokens``."""
     first_token_s: float | None
     """Seconds from the service's receiving the request to the first token; None: none."""
     total_s: float
     """Seconds from the service's receiving the request to the end of the answer."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """How probable its tokens were; empty where it was not asked for or is not known."""
+    reasoning: str = ""
+    """What the model thought before it answered, where its backend tells."""
 
 
 def fill_request(message: Any, request: GenerateRequest) -> None:
@@ -192,6 +231,7 @@ def fill_request(message: Any, request: GenerateRequest) -> None:
     if request.json_schema is not None:
         message.response_format.json_schema.schema.update(dict(request.json_schema))
         message.response_format.json_schema.name = "answer"
+        message.response_format.json_schema.strict = request.json_schema_strict
     elif request.json_object:
         message.response_format.json_object.SetInParent()
     if request.cache_ttl is not None:
@@ -200,6 +240,8 @@ def fill_request(message: Any, request: GenerateRequest) -> None:
         message.cache_control.no_cache = True
     if request.no_store:
         message.cache_control.no_store = True
+    if request.share:
+        message.cache_control.share = True
     if request.user:
         message.user = request.user
 
@@ -216,14 +258,27 @@ def size_of_request(request: GenerateRequest) -> int:
     return size + 512 * len(request.tools) + 256
 
 
-def read_answer(response: Any, text: str | None = None) -> Answer:
-    """Reads a wire GenerateResponse; ``text`` replaces its content, for streams."""
+def read_logprobs(found: Iterable[Any]) -> tuple[TokenLogprob, ...]:
+    """Reads wire TokenLogprobs."""
+    return tuple(
+        TokenLogprob(each.token, each.logprob, each.token_bytes, read_logprobs(each.alternatives))
+        for each in found
+    )
+
+
+def read_answer(
+    response: Any,
+    text: str | None = None,
+    logprobs: Sequence[TokenLogprob] = (),
+    reasoning: str = "",
+) -> Answer:
+    """Reads a wire GenerateResponse; for streams, what was streamed stands for its own."""
     message, usage = response.message, response.usage
     routing, timing = response.routing, response.timing
-    first = timing.first_token
+    first, found = timing.first_token, response.logprobs
     return Answer(
         text=message.content if text is None else text,
-        tool_calls=tuple(ToolCall(c.id, c.name, c.arguments) for c in message.tool_calls),
+        tool_calls=_read_calls(message.tool_calls) if message.tool_calls else (),
         finish_reason=FinishReason(response.finish_reason or 1),
         usage=Usage(
             usage.input_tokens,
@@ -236,9 +291,17 @@ def read_answer(response: Any, text: str | None = None) -> Answer:
         model=routing.model,
         backend=routing.backend,
         rule=routing.rule,
+        because=routing.because,
+        policy=routing.policy,
         first_token_s=first.ToNanoseconds() / 1e9 if timing.HasField("first_token") else None,
         total_s=timing.total.ToNanoseconds() / 1e9,
+        logprobs=tuple(logprobs) or (read_logprobs(found) if found else ()),
+        reasoning=reasoning or message.reasoning,
     )
+
+
+def _read_calls(found: Iterable[Any]) -> tuple[ToolCall, ...]:
+    return tuple(ToolCall(each.id, each.name, each.arguments) for each in found)
 
 
 def _fill_message(message: Any, source: Message) -> None:
@@ -261,12 +324,26 @@ def _fill_message(message: Any, source: Message) -> None:
         message.name = source.name
 
 
+_SAMPLING: Final = (
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "frequency_penalty",
+    "presence_penalty",
+    "seed",
+)
+
+
 def _fill_sampling(message: Any, request: GenerateRequest) -> None:
     sampling = message.sampling
-    for name in ("max_tokens", "temperature", "top_p", "seed"):
+    for name in _SAMPLING:
         value = getattr(request, name)
         if value is not None:
             setattr(sampling, name, value)
+    if request.logprobs or request.top_logprobs:
+        sampling.logprobs = True
+        sampling.top_logprobs = request.top_logprobs
     if request.stop:
         sampling.stop.extend(request.stop)
 
@@ -302,3 +379,5 @@ def _fill_hints(message: Any, request: GenerateRequest) -> None:
         message.hints.max_latency.FromNanoseconds(round(request.max_latency * 1e9))
     if request.session_id:
         message.hints.session_id = request.session_id
+    if request.queue_timeout is not None:
+        message.hints.queue_timeout.FromNanoseconds(round(request.queue_timeout * 1e9))

@@ -87,6 +87,22 @@ class EntryClient:
             near.keep(tenant, namespace, key, lookup, lookup.tags, sent)
         return lookup if include_tags else without_tags(lookup)
 
+    def peek(
+        self, key: str, *, namespace: str = DEFAULT_NAMESPACE, tenant: str | None = None
+    ) -> Lookup | None:
+        """Reads one entry if a copy of it is near, at once.
+
+        Args:
+            key: as in ``get``.
+            namespace: as in ``get``.
+            tenant: as in ``get``.
+
+        Returns:
+            A fresh entry, or None where only ``get`` can tell.
+        """
+        near = self._near
+        return None if near is None else near.peek(near.tenant_of(tenant), namespace, key)
+
     async def set(
         self,
         key: str,

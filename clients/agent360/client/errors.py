@@ -121,10 +121,23 @@ class InvalidRequestError(MeshError):
 
 
 class DeadlineExceededError(MeshError, TimeoutError):
-    """The call's deadline passed before its answer arrived."""
+    """The call's deadline passed before its answer arrived, or is sure to."""
 
-    def __init__(self, message: str = "the deadline passed before the answer arrived") -> None:
-        super().__init__(grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED", message)
+    def __init__(
+        self,
+        message: str = "the deadline passed before the answer arrived",
+        *,
+        reason: str = "DEADLINE_EXCEEDED",
+        metadata: Mapping[str, str] | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(
+            grpc.StatusCode.DEADLINE_EXCEEDED,
+            reason,
+            message,
+            metadata=metadata,
+            retry_after_s=retry_after_s,
+        )
 
 
 class UnavailableError(MeshError, ConnectionError):
@@ -199,7 +212,9 @@ def from_status(status: status_pb2.Status) -> MeshError:
     if violations and code is grpc.StatusCode.INVALID_ARGUMENT and reason == "INVALID_REQUEST":
         return InvalidRequestError(violations)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return DeadlineExceededError(status.message)
+        return DeadlineExceededError(
+            status.message, reason=reason, metadata=metadata, retry_after_s=retry_after_s
+        )
     if code is grpc.StatusCode.UNAVAILABLE:
         return UnavailableError(
             status.message, reason=reason, metadata=metadata, retry_after_s=retry_after_s

@@ -12,8 +12,10 @@ from msgspec import Struct
 from agent360.client.chat import (
     Answer,
     GenerateRequest,
+    TokenLogprob,
     fill_request,
     read_answer,
+    read_logprobs,
     size_of_request,
 )
 from agent360.client.coalescer import Coalescer, Wire
@@ -45,6 +47,10 @@ class Delta(Struct, frozen=True, gc=False):
     """Text to append."""
     tool_calls: tuple[inference_pb2.ToolCallDelta, ...] = ()
     """Pieces of tool calls."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """How probable the tokens of this piece were, where that was asked for and is known."""
+    reasoning: str = ""
+    """Text to append to what the model thought before it answered."""
 
 
 class Embeddings(Struct, frozen=True, gc=False):
@@ -65,6 +71,8 @@ class TokenCount(Struct, frozen=True, gc=False):
     """Tokens of the prompt."""
     estimated: bool
     """True if the model's own tokenizer was not at hand."""
+    tokenizer: str = ""
+    """What counted: ``tokenizer``, ``backend`` or, for an estimate from the length, ``bytes``."""
 
 
 class AnswerStream:
@@ -116,6 +124,8 @@ class AnswerStream:
         coalescer.prepare(operation, self._timeout, self._tenant)
         await coalescer.take_turn(operation.deadline, 1)
         pieces: list[str] = []
+        thoughts: list[str] = []
+        logprobs: list[TokenLogprob] = []
         taken = 0
         try:
             coalescer.dispatch(operation)
@@ -123,11 +133,17 @@ class AnswerStream:
                 if isinstance(event, MeshError):
                     raise event
                 pieces.append(event.text)
+                if event.logprobs:
+                    logprobs += event.logprobs
+                if event.reasoning:
+                    thoughts.append(event.reasoning)
                 taken += 1
                 if taken % (_CREDITS // 2) == 0:
                     coalescer.give_credit(operation, operation.item_id, _CREDITS // 2)
                 yield event
-            self._answer = read_answer(operation.final, "".join(pieces))
+            self._answer = read_answer(
+                operation.final, "".join(pieces), logprobs, "".join(thoughts)
+            )
         finally:
             self.batch_size = operation.batch_size
             if not operation.ended:
@@ -296,7 +312,7 @@ class _CountTokens(SingleOperation[TokenCount]):
         fill_request(request.request, self.request)
 
     def read(self, response: Any) -> TokenCount:
-        return TokenCount(response.input_tokens, response.estimated)
+        return TokenCount(response.input_tokens, response.estimated, response.tokenizer)
 
 
 class _Embed(SingleOperation[Embeddings]):
@@ -384,7 +400,8 @@ class _StreamGenerate:
             self._put(None)
             return False
         delta = response.delta
-        self._put(Delta(delta.content, tuple(delta.tool_calls)))
+        logprobs = read_logprobs(delta.logprobs) if delta.logprobs else ()
+        self._put(Delta(delta.content, tuple(delta.tool_calls), logprobs, delta.reasoning))
         return True
 
     def fail(self, error: MeshError) -> None:

@@ -168,6 +168,9 @@ class Lane:
                     await self.channel.wait_for_state_change(state)
             except TimeoutError:
                 pass
+            if self.down_since is None:
+                # A last answer of a stream that was drained says nothing about new ones.
+                self.down_since = asyncio.get_running_loop().time()
             if self._pending:
                 self._give_back(self, self._take_pending())
             state = self.channel.get_state(try_to_connect=True)

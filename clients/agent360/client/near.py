@@ -181,6 +181,22 @@ class Near:
             False,
         )
 
+    def peek(self, tenant: str, namespace: str, key: str) -> Lookup | None:
+        """Answers a lookup; None where only ``find`` can tell, which then counts it."""
+        found = self._tenants.get(tenant)
+        if found is None or not self.covers(namespace):
+            return None
+        now = self.now()
+        found.used = now
+        copy = found.find(namespace, key, now)
+        if copy is None:
+            return None
+        self._hits += 1
+        remaining_s = copy.fresh_until - now
+        return Lookup(
+            _HIT, copy.value, copy.content_type, copy.version, remaining_s, (), False, False
+        )
+
     def keep(
         self,
         tenant: str,

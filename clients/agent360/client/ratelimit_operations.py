@@ -35,7 +35,6 @@ class Check(SingleOperation[Decision]):
 class Reserve(SingleOperation[Reservation]):
     __slots__ = ("descriptor", "name", "request_id", "tokens", "ttl")
     field = "reserve"
-    repeatable = False
 
     def __init__(
         self,
@@ -51,6 +50,10 @@ class Reserve(SingleOperation[Reservation]):
         self.tokens = tokens
         self.descriptor = descriptor
         self.ttl = ttl
+
+    @property
+    def repeatable(self) -> bool:  # type: ignore[override]  # only with an id of its own
+        return bool(self.request_id)
 
     def fill(self, request: Any) -> None:
         request.name = self.name

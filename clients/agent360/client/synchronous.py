@@ -94,6 +94,21 @@ class SyncCacheClient:
             )
         )
 
+    def peek(
+        self, key: str, *, namespace: str = DEFAULT_NAMESPACE, tenant: str | None = None
+    ) -> Lookup | None:
+        """Reads one entry if a copy of it is near, at once.
+
+        Args:
+            key: as in ``get``.
+            namespace: as in ``get``.
+            tenant: as in ``get``.
+
+        Returns:
+            A fresh entry, or None where only ``get`` can tell.
+        """
+        return self._portal.call(self._client.peek, key, namespace=namespace, tenant=tenant)
+
     def set(
         self,
         key: str,

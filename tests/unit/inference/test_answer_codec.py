@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent360.mesh.inference.answers import Answer, Embeddings, Usage, as_pieces, merge, whole_calls
+from agent360.mesh.inference.answers import (
+    Answer,
+    Embeddings,
+    TokenLogprob,
+    Usage,
+    as_pieces,
+    merge,
+    whole_calls,
+)
 from agent360.mesh.inference.codec import (
     decode_answer,
     decode_vectors,
@@ -15,6 +23,13 @@ from agent360.mesh.inference.codec import (
 )
 from agent360.mesh.inference.conversation import ToolCall
 
+logprobs = st.builds(
+    TokenLogprob,
+    st.text(),
+    st.floats(max_value=0, allow_infinity=False),
+    st.binary(max_size=4),
+    st.lists(st.builds(TokenLogprob, st.text(), st.floats(-9, 0)), max_size=2).map(tuple),
+)
 answers = st.builds(
     Answer,
     content=st.text(),
@@ -25,6 +40,8 @@ answers = st.builds(
     usage=st.builds(Usage, st.integers(0, 9), st.integers(0, 9), st.integers(0, 9), st.booleans()),
     model=st.text(),
     backend=st.text(),
+    logprobs=st.lists(logprobs, max_size=3).map(tuple),
+    reasoning=st.text(),
 )
 
 
@@ -38,6 +55,8 @@ def test_a_replayed_answer_says_the_same(answer):
     said = merge(as_pieces(answer))
     assert said.content == answer.content
     assert whole_calls(said) == answer.tool_calls
+    assert said.logprobs == answer.logprobs
+    assert said.reasoning == answer.reasoning
 
 
 def test_kept_vectors_come_back_as_they_were():

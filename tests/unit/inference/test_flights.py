@@ -7,7 +7,10 @@ import pytest
 from agent360.client.errors import MeshError, UnavailableError
 from agent360.mesh.inference.answers import Answer, Source, ToolCallPiece, Usage
 from agent360.mesh.inference.flights import Flights
+from agent360.mesh.inference.metering.sharing import SharedBill
+from agent360.mesh.inference.ports import Amount, Payer
 
+SOMEBODY = Payer("acme", "m")
 ANSWER = Answer("abc", (), "stop", Usage(1, 1), "m", "b")
 
 
@@ -54,7 +57,7 @@ async def settle() -> None:
 
 async def test_a_follower_that_joins_late_hears_everything_from_the_start(flights):
     stage = Stage()
-    flight = flights.launch("key", "", stage.work)
+    flight = flights.launch("key", SOMEBODY, SharedBill("leader"), stage.work)
     with flights.follow(flight, leads=True) as leader:
         stage.lines.put_nowait(["a"])
         assert await leader.more()
@@ -69,7 +72,9 @@ async def test_a_follower_that_joins_late_hears_everything_from_the_start(flight
 
 async def test_what_came_while_a_follower_was_busy_is_taken_at_once(flights):
     stage = Stage()
-    with flights.follow(flights.launch("key", "", stage.work), leads=True) as slow:
+    with flights.follow(
+        flights.launch("key", SOMEBODY, SharedBill("leader"), stage.work), leads=True
+    ) as slow:
         for line in (["a", "b"], ["c"], ["d"]):
             stage.lines.put_nowait(line)
         await settle()
@@ -86,7 +91,9 @@ async def test_pieces_of_tool_calls_are_put_together_by_call(flights):
         flight.push([ToolCallPiece(1, "", "", "}")])
         flight.land(ANSWER)
 
-    with flights.follow(flights.launch("key", "", work), leads=True) as follower:
+    with flights.follow(
+        flights.launch("key", SOMEBODY, SharedBill("leader"), work), leads=True
+    ) as follower:
         await follower.answer()
         assert follower.take().tool_calls == (
             ToolCallPiece(0, "id0", "book", '{"a": 1}'),
@@ -96,7 +103,7 @@ async def test_pieces_of_tool_calls_are_put_together_by_call(flights):
 
 async def test_followers_survive_the_leaders_leaving(flights):
     stage = Stage()
-    flight = flights.launch("key", "", stage.work)
+    flight = flights.launch("key", SOMEBODY, SharedBill("leader"), stage.work)
     with flights.follow(flight, leads=False) as follower:
         with flights.follow(flight, leads=True):
             await settle()
@@ -108,7 +115,7 @@ async def test_followers_survive_the_leaders_leaving(flights):
 
 async def test_the_call_is_cancelled_and_not_joined_when_the_last_one_leaves(flights):
     stage = Stage()
-    flight = flights.launch("key", "", stage.work)
+    flight = flights.launch("key", SOMEBODY, SharedBill("leader"), stage.work)
     with flights.follow(flight, leads=True), flights.follow(flight, leads=False):
         await settle()
     assert flights.find("key") is None
@@ -116,9 +123,53 @@ async def test_the_call_is_cancelled_and_not_joined_when_the_last_one_leaves(fli
         await stage.stopped.wait()
 
 
+async def test_a_call_that_is_left_before_it_begins_is_settled_all_the_same(flights):
+    stage = Stage()
+    flight = flights.launch("key", SOMEBODY, SharedBill("leader"), stage.work)
+    with flights.follow(flight, leads=True):
+        pass
+    assert flight.bill.total == Amount()
+    await settle()
+    assert stage.runs == 0
+
+
+async def test_who_flies_alone_does_the_work_itself_and_is_joined_by_nobody(flights):
+    stage = Stage()
+    flight = flights.alone(SOMEBODY, SharedBill("leader"), stage.work)
+    with flights.follow(flight, leads=True) as follower:
+        asking = asyncio.create_task(follower.answer())
+        await settle()
+        assert len(flights) == 0
+        assert flights.find(flight.key) is None
+        stage.lines.put_nowait(["abc"])
+        stage.lines.put_nowait(None)
+        assert await asking is ANSWER
+    assert stage.runs == 1
+
+
+async def test_who_flies_alone_hears_of_failures_and_stops_the_work_by_leaving(flights):
+    stage = Stage()
+    stage.lines.put_nowait(MeshError(None, "BROKEN", "it broke"))
+    flight = flights.alone(SOMEBODY, SharedBill("leader"), stage.work)
+    with flights.follow(flight, leads=True) as follower, pytest.raises(MeshError):
+        await follower.answer()
+    flight = flights.alone(SOMEBODY, SharedBill("leader"), stage.work)
+    with flights.follow(flight, leads=True) as follower:
+        asking = asyncio.create_task(follower.answer())
+        await settle()
+        asking.cancel()
+        await asyncio.wait((asking,))
+        assert stage.stopped.is_set()
+    unused = flights.alone(SOMEBODY, SharedBill("leader"), stage.work)
+    with flights.follow(unused, leads=True):
+        pass
+    assert unused.bill.total == Amount()
+    assert stage.runs == 2
+
+
 async def test_a_failure_reaches_all_followers_after_what_was_said_before_it(flights):
     stage = Stage()
-    flight = flights.launch("key", "", stage.work)
+    flight = flights.launch("key", SOMEBODY, SharedBill("leader"), stage.work)
     with (
         flights.follow(flight, leads=True) as one,
         flights.follow(flight, leads=False) as other,
@@ -141,7 +192,9 @@ async def test_a_landed_flight_can_be_joined_until_its_work_is_done(flights):
         flight.land(ANSWER)
         await kept.wait()
 
-    with flights.follow(flights.launch("key", "", work), leads=True) as leader:
+    with flights.follow(
+        flights.launch("key", SOMEBODY, SharedBill("leader"), work), leads=True
+    ) as leader:
         assert await leader.answer() is ANSWER
     with flights.follow(flights.find("key"), leads=False) as late:
         assert await hear(late) == "abc"
@@ -153,8 +206,27 @@ async def test_a_landed_flight_can_be_joined_until_its_work_is_done(flights):
 
 async def test_closing_ends_all_flights_with_an_error_for_those_who_wait(flights):
     stage = Stage()
-    with flights.follow(flights.launch("key", "", stage.work), leads=True) as follower:
+    with flights.follow(
+        flights.launch("key", SOMEBODY, SharedBill("leader"), stage.work), leads=True
+    ) as follower:
         await settle()
         await flights.close()
         with pytest.raises(MeshError, match="stopping"):
             await follower.answer()
+
+
+async def test_who_comes_when_the_answer_is_there_takes_it_as_from_the_cache(flights):
+    stored = asyncio.Event()
+
+    async def work(flight) -> None:
+        flight.push(["abc"])
+        flight.land(ANSWER)
+        await stored.wait()
+
+    flight = flights.launch("key", SOMEBODY, SharedBill("leader"), work)
+    with flights.follow(flight, leads=True) as leader:
+        assert await leader.answer() is ANSWER
+        with flights.follow(flights.find("key"), leads=False) as late:
+            assert await hear(late) == "abc"
+            assert (leader.source, late.source) == (Source.MODEL, Source.CACHE)
+    stored.set()

@@ -68,13 +68,13 @@ def test_a_body_of_any_shape_is_survived(body):
     ("headers", "expected"),
     [
         ({}, None),
-        ({"Retry-After": "7"}, 7.0),
-        ({"Retry-After": "0.5"}, 0.5),
-        ({"Retry-After": "9", "retry-after-ms": "250"}, 0.25),
-        ({"Retry-After": "soon"}, None),
-        ({"Retry-After": "-1"}, None),
-        ({"Retry-After": "nan"}, None),
-        ({"Retry-After": format_datetime(datetime(2020, 1, 1, tzinfo=UTC), usegmt=True)}, 0.0),
+        ({"retry-after": "7"}, 7.0),
+        ({"retry-after": "0.5"}, 0.5),
+        ({"retry-after": "9", "retry-after-ms": "250"}, 0.25),
+        ({"retry-after": "soon"}, None),
+        ({"retry-after": "-1"}, None),
+        ({"retry-after": "nan"}, None),
+        ({"retry-after": format_datetime(datetime(2020, 1, 1, tzinfo=UTC), usegmt=True)}, 0.0),
     ],
 )
 def test_retry_after_is_read(headers, expected):
@@ -83,5 +83,21 @@ def test_retry_after_is_read(headers, expected):
 
 def test_retry_after_may_be_a_date():
     when = datetime.now(UTC) + timedelta(seconds=60)
-    found = retry_after_s({"Retry-After": format_datetime(when, usegmt=True)})
+    found = retry_after_s({"retry-after": format_datetime(when, usegmt=True)})
     assert found == pytest.approx(60, abs=2)
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ({"remaining-requests": "0", "reset-requests": "1s", "reset-tokens": "6m0s"}, 1.0),
+        ({"remaining-tokens": "0", "reset-tokens": "1m30.5s"}, 90.5),
+        ({"remaining-tokens": "0", "reset-tokens": "250ms"}, 0.25),
+        ({"remaining-tokens": "12", "reset-tokens": "6m0s"}, None),
+        ({"remaining-tokens": "0", "reset-tokens": "soon"}, None),
+    ],
+)
+def test_a_rate_limit_without_retry_after_tells_when_it_is_refilled(headers, expected):
+    headers = {f"x-ratelimit-{name}": value for name, value in headers.items()}
+    assert from_response("gpu", 429, headers, b"", "").retry_after_s == expected
+    assert from_response("gpu", 503, headers, b"", "").retry_after_s is None

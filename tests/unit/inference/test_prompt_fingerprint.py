@@ -20,7 +20,9 @@ from agent360.mesh.inference.conversation import (
     ToolChoice,
 )
 from agent360.mesh.inference.fingerprint import of_inputs, of_prompt
+from agent360.mesh.inference.settings import ModelSettings
 
+MODEL = ModelSettings(name="m")
 BASE = Prompt(model="auto", messages=(Message("user", "Hi"),))
 
 
@@ -34,7 +36,7 @@ BASE = Prompt(model="auto", messages=(Message("user", "Hi"),))
     ],
 )
 def test_what_does_not_shape_the_answer_is_left_out(same):
-    assert of_prompt(same, "m") == of_prompt(BASE, "m")
+    assert of_prompt(same, MODEL) == of_prompt(BASE, MODEL)
 
 
 @pytest.mark.parametrize(
@@ -54,22 +56,24 @@ def test_what_does_not_shape_the_answer_is_left_out(same):
         replace(BASE, sampling=Sampling(temperature=0.0)),
         replace(BASE, sampling=Sampling(max_tokens=5)),
         replace(BASE, sampling=Sampling(stop=("x",))),
+        replace(BASE, sampling=Sampling(logprobs=True)),
+        replace(BASE, sampling=Sampling(top_logprobs=2)),
     ],
 )
 def test_what_shapes_the_answer_changes_the_name(other):
-    assert of_prompt(other, "m") != of_prompt(BASE, "m")
+    assert of_prompt(other, MODEL) != of_prompt(BASE, MODEL)
 
 
 def test_the_model_changes_the_name():
-    assert of_prompt(BASE, "m") != of_prompt(BASE, "n")
+    assert of_prompt(BASE, MODEL) != of_prompt(BASE, ModelSettings(name="n"))
 
 
 def test_the_order_of_a_schemas_fields_does_not_matter():
     one = replace(BASE, tools=(Tool("t", parameters={"a": 1, "b": {"c": 2, "d": 3}}),))
     other = replace(BASE, tools=(Tool("t", parameters={"b": {"d": 3, "c": 2}, "a": 1}),))
-    assert of_prompt(one, "m") == of_prompt(other, "m")
+    assert of_prompt(one, MODEL) == of_prompt(other, MODEL)
 
 
 def test_borders_between_texts_to_embed_count():
     one, other = EmbeddingInputs("m", ("ab", "c")), EmbeddingInputs("m", ("a", "bc"))
-    assert of_inputs(one, "m") != of_inputs(other, "m")
+    assert of_inputs(one, MODEL) != of_inputs(other, MODEL)

@@ -10,6 +10,7 @@ from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
 from google.protobuf import struct_pb2 as _struct_pb2
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.rpc import status_pb2 as _status_pb2
@@ -218,6 +219,8 @@ class _ModelHealthEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ModelHeal
     """Some of its backends fail."""
     MODEL_HEALTH_UNAVAILABLE: _ModelHealth.ValueType  # 3
     """All of its backends fail."""
+    MODEL_HEALTH_WARMING: _ModelHealth.ValueType  # 4
+    """Its backends answer, and have yet to run its warm-up."""
 
 class ModelHealth(_ModelHealth, metaclass=_ModelHealthEnumTypeWrapper):
     """Whether a model can be used now."""
@@ -230,7 +233,37 @@ MODEL_HEALTH_DEGRADED: ModelHealth.ValueType  # 2
 """Some of its backends fail."""
 MODEL_HEALTH_UNAVAILABLE: ModelHealth.ValueType  # 3
 """All of its backends fail."""
+MODEL_HEALTH_WARMING: ModelHealth.ValueType  # 4
+"""Its backends answer, and have yet to run its warm-up."""
 Global___ModelHealth: _TypeAlias = ModelHealth  # noqa: Y015
+
+class _BreakerState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _BreakerStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_BreakerState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    BREAKER_STATE_UNSPECIFIED: _BreakerState.ValueType  # 0
+    """Never sent."""
+    BREAKER_STATE_CLOSED: _BreakerState.ValueType  # 1
+    """Everything."""
+    BREAKER_STATE_HALF_OPEN: _BreakerState.ValueType  # 2
+    """One request at a time, to see how the backend is."""
+    BREAKER_STATE_OPEN: _BreakerState.ValueType  # 3
+    """Nothing: the backend failed too often."""
+
+class BreakerState(_BreakerState, metaclass=_BreakerStateEnumTypeWrapper):
+    """What the circuit breaker of a backend lets through."""
+
+BREAKER_STATE_UNSPECIFIED: BreakerState.ValueType  # 0
+"""Never sent."""
+BREAKER_STATE_CLOSED: BreakerState.ValueType  # 1
+"""Everything."""
+BREAKER_STATE_HALF_OPEN: BreakerState.ValueType  # 2
+"""One request at a time, to see how the backend is."""
+BREAKER_STATE_OPEN: BreakerState.ValueType  # 3
+"""Nothing: the backend failed too often."""
+Global___BreakerState: _TypeAlias = BreakerState  # noqa: Y015
 
 @_typing.final
 class Message(_message.Message):
@@ -244,6 +277,7 @@ class Message(_message.Message):
     TOOL_CALLS_FIELD_NUMBER: _builtins.int
     TOOL_CALL_ID_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
+    REASONING_FIELD_NUMBER: _builtins.int
     role: Global___Role.ValueType
     """Who speaks."""
     content: _builtins.str
@@ -252,6 +286,8 @@ class Message(_message.Message):
     """The call that this is the result of; ROLE_TOOL only."""
     name: _builtins.str
     """Name of the speaker, where several share a role."""
+    reasoning: _builtins.str
+    """Of a model's message: what it thought before it answered, where its backend tells. Of a request: not passed on to the model."""
     @_builtins.property
     def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ContentPart]:
         """What is said, where it is more than one text; content must then be empty."""
@@ -269,10 +305,11 @@ class Message(_message.Message):
         tool_calls: _abc.Iterable[Global___ToolCall] | None = ...,
         tool_call_id: _builtins.str = ...,
         name: _builtins.str = ...,
+        reasoning: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "name", b"name", "parts", b"parts", "role", b"role", "tool_call_id", b"tool_call_id", "tool_calls", b"tool_calls"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "name", b"name", "parts", b"parts", "reasoning", b"reasoning", "role", b"role", "tool_call_id", b"tool_call_id", "tool_calls", b"tool_calls"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -412,6 +449,8 @@ class Sampling(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
     """0 to 2."""
     top_p: _builtins.float
@@ -426,6 +465,10 @@ class Sampling(_message.Message):
     """Makes an answer repeatable where the backend can."""
     max_tokens: _builtins.int
     """At most this many tokens are generated. Absent: the model's or route's default."""
+    logprobs: _builtins.bool
+    """Tell how probable each generated token was, where the backend can."""
+    top_logprobs: _builtins.int
+    """How many of the most probable tokens to tell at each place besides; at most 20, and only with logprobs."""
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Generation ends before any of these; at most 16."""
@@ -441,10 +484,12 @@ class Sampling(_message.Message):
         seed: _builtins.int | None = ...,
         stop: _abc.Iterable[_builtins.str] | None = ...,
         max_tokens: _builtins.int | None = ...,
+        logprobs: _builtins.bool = ...,
+        top_logprobs: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_frequency_penalty", b"_frequency_penalty", "_max_tokens", b"_max_tokens", "_presence_penalty", b"_presence_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "frequency_penalty", b"frequency_penalty", "max_tokens", b"max_tokens", "presence_penalty", b"presence_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_frequency_penalty", b"_frequency_penalty", "_max_tokens", b"_max_tokens", "_presence_penalty", b"_presence_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "frequency_penalty", b"frequency_penalty", "max_tokens", b"max_tokens", "presence_penalty", b"presence_penalty", "seed", b"seed", "stop", b"stop", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_frequency_penalty", b"_frequency_penalty", "_max_tokens", b"_max_tokens", "_presence_penalty", b"_presence_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "frequency_penalty", b"frequency_penalty", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "presence_penalty", b"presence_penalty", "seed", b"seed", "stop", b"stop", "temperature", b"temperature", "top_k", b"top_k", "top_logprobs", b"top_logprobs", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__frequency_penalty: _TypeAlias = _typing.Literal["frequency_penalty"]  # noqa: Y015
     _WhichOneofArgType__frequency_penalty: _TypeAlias = _typing.Literal["_frequency_penalty", b"_frequency_penalty"]  # noqa: Y015
@@ -591,15 +636,24 @@ class RoutingHints(_message.Message):
     MAX_COST_USD_FIELD_NUMBER: _builtins.int
     MAX_LATENCY_FIELD_NUMBER: _builtins.int
     SESSION_ID_FIELD_NUMBER: _builtins.int
+    QUEUE_TIMEOUT_FIELD_NUMBER: _builtins.int
     task_class: Global___TaskClass.ValueType
     """How demanding the request is."""
     max_cost_usd: _builtins.float
     """The most the answer may cost, in US dollars; zero: no ceiling."""
     session_id: _builtins.str
-    """Requests of one session go to the same backend where possible. Empty: none."""
+    """Requests of one session go to the same backend where possible, whatever the model. With model "auto", a session that was
+    complex once stays so. Empty: none.
+    """
     @_builtins.property
     def max_latency(self) -> _duration_pb2.Duration:
-        """The latency aimed at, to the last token. Absent: none."""
+        """The latency aimed at, to the last token: of the models that fit, those are preferred whose recent answers came as fast.
+        Absent: none.
+        """
+
+    @_builtins.property
+    def queue_timeout(self) -> _duration_pb2.Duration:
+        """The longest wait for a turn of the model; it only ever shortens the bound that the model's queue has. Absent: that bound."""
 
     def __init__(
         self,
@@ -608,10 +662,11 @@ class RoutingHints(_message.Message):
         max_cost_usd: _builtins.float = ...,
         max_latency: _duration_pb2.Duration | None = ...,
         session_id: _builtins.str = ...,
+        queue_timeout: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["max_latency", b"max_latency"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["max_latency", b"max_latency", "queue_timeout", b"queue_timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_cost_usd", b"max_cost_usd", "max_latency", b"max_latency", "session_id", b"session_id", "task_class", b"task_class"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_cost_usd", b"max_cost_usd", "max_latency", b"max_latency", "queue_timeout", b"queue_timeout", "session_id", b"session_id", "task_class", b"task_class"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -626,10 +681,15 @@ class CacheControl(_message.Message):
     TTL_FIELD_NUMBER: _builtins.int
     NO_CACHE_FIELD_NUMBER: _builtins.int
     NO_STORE_FIELD_NUMBER: _builtins.int
+    SHARE_FIELD_NUMBER: _builtins.int
     no_cache: _builtins.bool
     """Do not answer from the cache."""
     no_store: _builtins.bool
     """Do not keep the answer."""
+    share: _builtins.bool
+    """Share the answer with other tenants, and take theirs: with those alone that ask for the same and, like the caller's
+    tenant, are named as sharing in the service's settings. Without effect for a tenant that is not.
+    """
     @_builtins.property
     def ttl(self) -> _duration_pb2.Duration:
         """How long the answer may be kept; at most the service's maximum. Absent: the service's default."""
@@ -640,10 +700,11 @@ class CacheControl(_message.Message):
         ttl: _duration_pb2.Duration | None = ...,
         no_cache: _builtins.bool = ...,
         no_store: _builtins.bool = ...,
+        share: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ttl", b"ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["no_cache", b"no_cache", "no_store", b"no_store", "ttl", b"ttl"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["no_cache", b"no_cache", "no_store", b"no_store", "share", b"share", "ttl", b"ttl"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -737,7 +798,9 @@ class Usage(_message.Message):
     estimated: _builtins.bool
     """True where the backend reported no usage and the numbers are estimates."""
     cost_usd: _builtins.float
-    """What the answer cost, in US dollars; zero for an answer that ran no model or a model without prices."""
+    """What the answer is charged with, in US dollars. Zero for an answer from the cache and for a model without prices; for an
+    answer that was shared with identical requests, as the service is set: nothing, all of it or a part.
+    """
     def __init__(
         self,
         *,
@@ -764,22 +827,34 @@ class Routing(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     BACKEND_FIELD_NUMBER: _builtins.int
     RULE_FIELD_NUMBER: _builtins.int
+    BECAUSE_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model that answered."""
     backend: _builtins.str
     """The backend that answered."""
     rule: _builtins.str
-    """The rule that chose it, such as "explicit", "auto:simple" or "fallback:1"."""
+    """The rule that chose it, such as "explicit", "auto:simple" or "fallback:other-model" for a model that was
+    tried after it, or "hedge" for a second try that was faster.
+    """
+    because: _builtins.str
+    """What decided the rule, in a few words, such as "tools", "session" or "length: 812 tokens". Empty where the caller named the model."""
+    policy: _builtins.str
+    """What chooses among the backends of the model: "only" (there is one), "session" or "prefix" (the same as for others of
+    that session or beginning), "least_tokens", "two_choices" or "weights".
+    """
     def __init__(
         self,
         *,
         model: _builtins.str = ...,
         backend: _builtins.str = ...,
         rule: _builtins.str = ...,
+        because: _builtins.str = ...,
+        policy: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "model", b"model", "rule", b"rule"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "because", b"because", "model", b"model", "policy", b"policy", "rule", b"rule"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -833,6 +908,7 @@ class GenerateResponse(_message.Message):
     SOURCE_FIELD_NUMBER: _builtins.int
     ROUTING_FIELD_NUMBER: _builtins.int
     TIMING_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
     finish_reason: Global___FinishReason.ValueType
     """Why it ended."""
     source: Global___AnswerSource.ValueType
@@ -853,6 +929,10 @@ class GenerateResponse(_message.Message):
     def timing(self) -> Global___Timing:
         """Where the time went."""
 
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
+        """How probable each token was, in their order. Empty where it was not asked for or the backend does not tell."""
+
     def __init__(
         self,
         *,
@@ -862,14 +942,51 @@ class GenerateResponse(_message.Message):
         source: Global___AnswerSource.ValueType = ...,
         routing: Global___Routing | None = ...,
         timing: Global___Timing | None = ...,
+        logprobs: _abc.Iterable[Global___TokenLogprob] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "routing", b"routing", "timing", b"timing", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "message", b"message", "routing", b"routing", "source", b"source", "timing", b"timing", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "logprobs", b"logprobs", "message", b"message", "routing", b"routing", "source", b"source", "timing", b"timing", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
+
+@_typing.final
+class TokenLogprob(_message.Message):
+    """How probable a generated token was."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_FIELD_NUMBER: _builtins.int
+    LOGPROB_FIELD_NUMBER: _builtins.int
+    TOKEN_BYTES_FIELD_NUMBER: _builtins.int
+    ALTERNATIVES_FIELD_NUMBER: _builtins.int
+    token: _builtins.str
+    """The token as text; of a token that is no whole UTF-8 character, what the backend writes for it."""
+    logprob: _builtins.float
+    """Natural logarithm of its probability; zero or negative."""
+    token_bytes: _builtins.bytes
+    """The token's bytes. Empty where the backend does not tell."""
+    @_builtins.property
+    def alternatives(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
+        """The most probable tokens at this place, the most probable first; their own alternatives are empty."""
+
+    def __init__(
+        self,
+        *,
+        token: _builtins.str = ...,
+        logprob: _builtins.float = ...,
+        token_bytes: _builtins.bytes = ...,
+        alternatives: _abc.Iterable[Global___TokenLogprob] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alternatives", b"alternatives", "logprob", b"logprob", "token", b"token", "token_bytes", b"token_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenLogprob: _TypeAlias = TokenLogprob  # noqa: Y015
 
 @_typing.final
 class StreamGenerateRequest(_message.Message):
@@ -935,21 +1052,31 @@ class Delta(_message.Message):
 
     CONTENT_FIELD_NUMBER: _builtins.int
     TOOL_CALLS_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    REASONING_FIELD_NUMBER: _builtins.int
     content: _builtins.str
     """Text to append."""
+    reasoning: _builtins.str
+    """Text to append to what the model thought before it answered."""
     @_builtins.property
     def tool_calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___ToolCallDelta]:
         """Pieces of tool calls."""
+
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
+        """How probable the tokens of this piece were; as in GenerateResponse."""
 
     def __init__(
         self,
         *,
         content: _builtins.str = ...,
         tool_calls: _abc.Iterable[Global___ToolCallDelta] | None = ...,
+        logprobs: _abc.Iterable[Global___TokenLogprob] | None = ...,
+        reasoning: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "tool_calls", b"tool_calls"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "logprobs", b"logprobs", "reasoning", b"reasoning", "tool_calls", b"tool_calls"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1127,19 +1254,25 @@ class CountTokensResponse(_message.Message):
 
     INPUT_TOKENS_FIELD_NUMBER: _builtins.int
     ESTIMATED_FIELD_NUMBER: _builtins.int
+    TOKENIZER_FIELD_NUMBER: _builtins.int
     input_tokens: _builtins.int
     """Tokens of the prompt."""
     estimated: _builtins.bool
-    """True if this is an estimate because the model's own tokenizer is not at hand."""
+    """True if this is an estimate because the model's own tokenizer, or the form it gives to conversations, is not at hand."""
+    tokenizer: _builtins.str
+    """What counted: "tokenizer" for the model's own tokenizer, "backend" for the backend that runs it, "bytes" for an estimate
+    from the length.
+    """
     def __init__(
         self,
         *,
         input_tokens: _builtins.int = ...,
         estimated: _builtins.bool = ...,
+        tokenizer: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["estimated", b"estimated", "input_tokens", b"input_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["estimated", b"estimated", "input_tokens", b"input_tokens", "tokenizer", b"tokenizer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1163,6 +1296,13 @@ class Model(_message.Message):
     RUNNING_FIELD_NUMBER: _builtins.int
     LATENCY_P50_FIELD_NUMBER: _builtins.int
     TASK_CLASSES_FIELD_NUMBER: _builtins.int
+    LATENCY_P90_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    FALLBACKS_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
+    BACKEND_STATES_FIELD_NUMBER: _builtins.int
+    MAX_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    MAX_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name in requests."""
     context_tokens: _builtins.int
@@ -1179,6 +1319,16 @@ class Model(_message.Message):
     """Requests that wait for it now."""
     running: _builtins.int
     """Requests that it is working on now."""
+    weight: _builtins.float
+    """Its share of "auto" among models that fit equally well and have a weight, in proportion to theirs; zero: it has none and
+    comes after those.
+    """
+    policy: _builtins.str
+    """How a backend is chosen among its backends: "least_tokens", "two_choices" or "weights"."""
+    max_prompt_tokens: _builtins.int
+    """Most (estimated) tokens of a prompt; zero: as many as the context has."""
+    max_output_tokens: _builtins.int
+    """Most tokens of an answer that a request may ask for; zero: as many as the context has."""
     @_builtins.property
     def backends(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of its backends."""
@@ -1195,6 +1345,18 @@ class Model(_message.Message):
     def task_classes(self) -> _containers.RepeatedScalarFieldContainer[Global___TaskClass.ValueType]:
         """Tasks that "auto" gives to it."""
 
+    @_builtins.property
+    def latency_p90(self) -> _duration_pb2.Duration:
+        """The time within which nine of ten of its recent answers came. Absent: none yet."""
+
+    @_builtins.property
+    def fallbacks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Models that are tried after it, in this order."""
+
+    @_builtins.property
+    def backend_states(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelBackend]:
+        """How its backends are doing, in the order of their names above."""
+
     def __init__(
         self,
         *,
@@ -1210,14 +1372,77 @@ class Model(_message.Message):
         running: _builtins.int = ...,
         latency_p50: _duration_pb2.Duration | None = ...,
         task_classes: _abc.Iterable[Global___TaskClass.ValueType] | None = ...,
+        latency_p90: _duration_pb2.Duration | None = ...,
+        weight: _builtins.float = ...,
+        fallbacks: _abc.Iterable[_builtins.str] | None = ...,
+        policy: _builtins.str = ...,
+        backend_states: _abc.Iterable[Global___ModelBackend] | None = ...,
+        max_prompt_tokens: _builtins.int = ...,
+        max_output_tokens: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["latency_p50", b"latency_p50"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["latency_p50", b"latency_p50", "latency_p90", b"latency_p90"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backends", b"backends", "capabilities", b"capabilities", "context_tokens", b"context_tokens", "health", b"health", "input_usd_per_million", b"input_usd_per_million", "latency_p50", b"latency_p50", "name", b"name", "output_usd_per_million", b"output_usd_per_million", "quantization", b"quantization", "queued", b"queued", "running", b"running", "task_classes", b"task_classes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend_states", b"backend_states", "backends", b"backends", "capabilities", b"capabilities", "context_tokens", b"context_tokens", "fallbacks", b"fallbacks", "health", b"health", "input_usd_per_million", b"input_usd_per_million", "latency_p50", b"latency_p50", "latency_p90", b"latency_p90", "max_output_tokens", b"max_output_tokens", "max_prompt_tokens", b"max_prompt_tokens", "name", b"name", "output_usd_per_million", b"output_usd_per_million", "policy", b"policy", "quantization", b"quantization", "queued", b"queued", "running", b"running", "task_classes", b"task_classes", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class ModelBackend(_message.Message):
+    """How a backend of a model is doing."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    HEALTH_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    RUNNING_FIELD_NUMBER: _builtins.int
+    OUTSTANDING_TOKENS_FIELD_NUMBER: _builtins.int
+    LATENCY_FIELD_NUMBER: _builtins.int
+    BREAKER_FIELD_NUMBER: _builtins.int
+    RESTING_UNTIL_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name."""
+    health: Global___ModelHealth.ValueType
+    """Whether the model can be used there now."""
+    weight: _builtins.float
+    """Its capacity in proportion to the model's other backends."""
+    running: _builtins.int
+    """Requests of all models that it is working on now."""
+    outstanding_tokens: _builtins.int
+    """Tokens that these will probably take, of prompts and answers."""
+    breaker: Global___BreakerState.ValueType
+    """What its circuit breaker lets through now."""
+    @_builtins.property
+    def latency(self) -> _duration_pb2.Duration:
+        """Moving average of the time its answers took. Absent: none lately."""
+
+    @_builtins.property
+    def resting_until(self) -> _timestamp_pb2.Timestamp:
+        """Before this time it is not asked for the model: its breaker is open, or it said so itself (Retry-After). Absent: it may be
+        asked now, or is being probed by a request.
+        """
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        health: Global___ModelHealth.ValueType = ...,
+        weight: _builtins.float = ...,
+        running: _builtins.int = ...,
+        outstanding_tokens: _builtins.int = ...,
+        latency: _duration_pb2.Duration | None = ...,
+        breaker: Global___BreakerState.ValueType = ...,
+        resting_until: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["latency", b"latency", "resting_until", b"resting_until"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["breaker", b"breaker", "health", b"health", "latency", b"latency", "name", b"name", "outstanding_tokens", b"outstanding_tokens", "resting_until", b"resting_until", "running", b"running", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelBackend: _TypeAlias = ModelBackend  # noqa: Y015
 
 @_typing.final
 class ListModelsRequest(_message.Message):

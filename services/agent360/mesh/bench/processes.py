@@ -42,6 +42,25 @@ async def bare_server(port: int) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
+async def simulator(port: int) -> AsyncIterator[None]:
+    """Runs the simulator of a model server, without delays, in a process of its own."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "agent360.mesh.cli", "sim", "--port", str(port)),
+        *("--ttft", "0", "--itl", "0"),
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    try:
+        async with asyncio.timeout(_START_S):
+            while not await _listens(port):  # noqa: ASYNC110 - another process: nothing tells
+                await asyncio.sleep(0.02)
+        yield
+    finally:
+        process.terminate()
+        await process.wait()
+
+
+@asynccontextmanager
 async def redis_server(program: str, port: int, directory: str) -> AsyncIterator[None]:
     """Runs a Redis that keeps nothing on disk in a process of its own.
 
@@ -71,6 +90,15 @@ def cpu_seconds(pid: int) -> float:
     stat = (PROCESSES / str(pid) / "stat").read_text()
     after_name = stat.rpartition(")")[2].split()  # from field 3 on: a name may have spaces
     return sum(map(int, after_name[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
+async def _listens(port: int) -> bool:
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+    except OSError:
+        return False
+    writer.close()
+    return True
 
 
 async def _answers(port: int) -> bool:

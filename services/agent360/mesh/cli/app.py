@@ -61,6 +61,7 @@ def serve(
 ) -> None:
     """Run one service until SIGTERM."""
     from agent360.mesh.runtime.server import Server
+    from agent360.mesh.runtime.settings import SettingError
     from agent360.mesh.runtime.telemetry import configure_logging
 
     flags = parse_assignments(assignments)
@@ -81,7 +82,7 @@ def serve(
         threading.Thread(target=_stop_when_stdin_ends, daemon=True).start()
     try:
         asyncio.run(server.run_until_signal())
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, SettingError) as error:
         fail(f"{service} could not start: {error}")
 
 
@@ -124,6 +125,64 @@ def demo(
     from agent360.mesh.cli.demo import run_demo
 
     raise typer.Exit(run_demo(requests, upstream, model, hold=hold))
+
+
+@app.command()
+def generate(
+    prompts: Annotated[Path, typer.Argument(help="JSON lines with a prompt or messages each.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where answers are appended.")],
+    model: Annotated[str, typer.Option(help="Of lines that name none; auto: chosen.")] = "auto",
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Bound of answers to lines that name none.")
+    ] = None,
+    concurrency: Annotated[
+        int, typer.Option(min=1, max=10_000, help="Lines that are worked on at a time.")
+    ] = 64,
+    timeout: Annotated[float, typer.Option(help="Seconds that one try may take.")] = 120.0,
+    patience: Annotated[
+        float, typer.Option(help="Seconds that limits and outages are waited out for a line.")
+    ] = 300.0,
+    priority: Annotated[
+        str, typer.Option(help="low, normal or high: who is served first where not all can be.")
+    ] = "low",
+    ordered: Annotated[
+        bool, typer.Option("--ordered", help="Put the answers in the prompts' order at the end.")
+    ] = False,
+    keep_errors: Annotated[
+        bool, typer.Option("--keep-errors", help="Do not try again what failed in earlier runs.")
+    ] = False,
+    ignore_unknown: Annotated[
+        bool, typer.Option("--ignore-unknown", help="Ignore fields of lines that are not known.")
+    ] = False,
+    address: Annotated[
+        str, typer.Option(help="host:port of the inference service; several by commas.")
+    ] = "",
+    tenant: Annotated[
+        str, typer.Option(envvar="AGENT360_TENANT", help="On whose behalf.")
+    ] = "default",
+    ca: Annotated[Path | None, typer.Option(help="PEM file to trust; TLS is used.")] = None,
+) -> None:
+    """Answer a file of prompts; the same command goes on after a crash."""
+    from agent360.client import Priority
+    from agent360.mesh.cli.generate import Connection, run_generate
+    from agent360.mesh.jobs.generation import JobOptions
+    from agent360.mesh.jobs.prompts import LineDefaults
+
+    if priority.upper() not in Priority.__members__:
+        fail(f"--priority {priority}: must be low, normal or high")
+    options = JobOptions(
+        prompts=prompts,
+        answers=output,
+        defaults=LineDefaults(model, max_tokens),
+        concurrency=concurrency,
+        timeout_s=timeout,
+        patience_s=patience,
+        priority=Priority[priority.upper()],
+        keep_errors=keep_errors,
+        ordered=ordered,
+        strict=not ignore_unknown,
+    )
+    raise typer.Exit(run_generate(options, Connection(address, tenant, ca)))
 
 
 @app.command()

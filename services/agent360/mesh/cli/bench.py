@@ -72,6 +72,23 @@ def ratelimit(
 
 
 @bench.command()
+def inference(
+    rounds: Rounds = 5,
+    seconds: Seconds = 1.0,
+    json_file: JsonFile = None,
+) -> None:
+    """The gateway: beside a direct client and the LiteLLM proxy, cached, and the local engine."""
+    from agent360.mesh.bench.inference import flatten, measure, print_inference_figures
+    from agent360.mesh.bench.report import write_json
+
+    figures = asyncio.run(measure(rounds, seconds, _report))
+    flat = flatten(figures)
+    print_inference_figures(figures, flat, Console())
+    if json_file is not None:
+        write_json(flat, json_file)
+
+
+@bench.command()
 def compare(old: Path, new: Path) -> None:
     """Print the ratios between two result files."""
     from agent360.mesh.bench.report import print_comparison

@@ -26,8 +26,28 @@ class ToolCallPiece(NamedTuple):
     """Arguments to append."""
 
 
-Piece = str | ToolCallPiece
-"""What a model says at a time: text, or a piece of a tool call."""
+class TokenLogprob(NamedTuple):
+    """How probable a token was."""
+
+    token: str
+    """As text; of a token that is no whole character, what the backend writes for it."""
+    logprob: float
+    """Natural logarithm of its probability."""
+    token_bytes: bytes = b""
+    """Empty where the backend does not tell."""
+    alternatives: tuple[TokenLogprob, ...] = ()
+    """The most probable tokens at its place."""
+
+
+class ReasoningPiece(NamedTuple):
+    """A piece of what a model thinks before it answers."""
+
+    text: str
+
+
+Piece = str | ToolCallPiece | TokenLogprob | ReasoningPiece
+"""What a model says at a time: text, a piece of a tool call, how probable its text was, or what it
+thinks."""
 
 
 class Delta(NamedTuple):
@@ -35,6 +55,8 @@ class Delta(NamedTuple):
 
     content: str
     tool_calls: tuple[ToolCallPiece, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    reasoning: str = ""
 
 
 class Source(Enum):
@@ -75,6 +97,9 @@ class Answer:
     usage: Usage
     model: str
     backend: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+    reasoning: str = ""
+    """What the model thought before it answered, where the backend tells."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +115,18 @@ class Embeddings:
 def merge(pieces: Iterable[Piece]) -> Delta:
     """Puts pieces together: one text, and one piece for each tool call among them."""
     texts: list[str] = []
+    thoughts: list[str] = []
     calls: dict[int, tuple[str, str, list[str]]] = {}
+    logprobs: list[TokenLogprob] = []
     for piece in pieces:
         if isinstance(piece, str):
             texts.append(piece)
+            continue
+        if isinstance(piece, TokenLogprob):
+            logprobs.append(piece)
+            continue
+        if isinstance(piece, ReasoningPiece):
+            thoughts.append(piece.text)
             continue
         known_id, known_name, arguments = calls.get(piece.place, ("", "", []))
         arguments.append(piece.arguments)
@@ -104,6 +137,8 @@ def merge(pieces: Iterable[Piece]) -> Delta:
             ToolCallPiece(place, call_id, name, "".join(arguments))
             for place, (call_id, name, arguments) in sorted(calls.items())
         ),
+        tuple(logprobs),
+        "".join(thoughts),
     )
 
 
@@ -114,9 +149,12 @@ def whole_calls(delta: Delta) -> tuple[ToolCall, ...]:
 
 def as_pieces(answer: Answer) -> list[Piece]:
     """The pieces of an answer that is already whole, for replaying it as a stream."""
-    pieces: list[Piece] = [answer.content] if answer.content else []
+    pieces: list[Piece] = [ReasoningPiece(answer.reasoning)] if answer.reasoning else []
+    if answer.content:
+        pieces.append(answer.content)
     pieces += [
         ToolCallPiece(place, call.id, call.name, call.arguments)
         for place, call in enumerate(answer.tool_calls)
     ]
+    pieces += answer.logprobs
     return pieces

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 
 import grpc
 
 from agent360.client.errors import MeshError, UnavailableError
 from agent360.mesh.inference.answers import Usage
-from agent360.mesh.inference.settings import CapabilityName, ModelSettings
+from agent360.mesh.inference.settings import MAX_MODEL_NAME, CapabilityName, ModelSettings
+from agent360.mesh.runtime.validation import PRINTABLE
 
 _NAMES_IN_ERROR = 20
 
@@ -35,9 +37,27 @@ class Catalogue:
             raise self._unknown(name, tenant)
         return model
 
+    def find(self, name: str, tenant: str) -> ModelSettings | None:
+        """The model of that name; None: there is none that the tenant may use."""
+        model = self._models.get(name)
+        return model if model is not None and _may_use(model, tenant) else None
+
     def usable(self, tenant: str) -> list[ModelSettings]:
         """The models that a tenant may use, in the order of the settings."""
         return [model for model in self._models.values() if _may_use(model, tenant)]
+
+    @property
+    def models(self) -> Collection[ModelSettings]:
+        """All models, in the order of the settings."""
+        return self._models.values()
+
+    def replace(self, models: Iterable[ModelSettings]) -> None:
+        """Puts other models in the place of all; requests under way keep theirs."""
+        known = self._models
+        self._models = {
+            model.name: model if model != known.get(model.name) else known[model.name]
+            for model in models
+        }
 
     def discovered(self, by_backend: Mapping[str, Iterable[str]]) -> None:
         """Replaces the catalogue by what the backends list.
@@ -53,7 +73,7 @@ class Catalogue:
                 name=name, backends=tuple(found), capabilities=_capabilities_by_name(name)
             )
             for name, found in backends.items()
-            if name and name != "auto"
+            if name != "auto" and len(name) <= MAX_MODEL_NAME and re.match(PRINTABLE, name)
         }
 
     def _unknown(self, name: str, tenant: str) -> MeshError:

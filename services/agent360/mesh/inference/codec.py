@@ -7,10 +7,10 @@ import sys
 from array import array
 from typing import Any, Final
 
-from agent360.mesh.inference.answers import Answer, Embeddings, Usage
+from agent360.mesh.inference.answers import Answer, Embeddings, TokenLogprob, Usage
 from agent360.mesh.inference.conversation import ToolCall
 
-_VERSION: Final = 1
+_VERSION: Final = 3
 
 
 def encode_answer(answer: Answer) -> bytes:
@@ -24,6 +24,8 @@ def encode_answer(answer: Answer) -> bytes:
             _encode_usage(answer.usage),
             answer.model,
             answer.backend,
+            [_encode_logprob(each) for each in answer.logprobs],
+            answer.reasoning,
         ],
         separators=(",", ":"),
     ).encode()
@@ -32,9 +34,10 @@ def encode_answer(answer: Answer) -> bytes:
 def decode_answer(data: bytes) -> Answer | None:
     """The answer in bytes; None if they are of another version or garbled."""
     try:
-        version, content, calls, finish, usage, model, backend = json.loads(data)
+        version, *said = json.loads(data)
         if version != _VERSION:
             return None
+        content, calls, finish, usage, model, backend, logprobs, reasoning = said
         return Answer(
             content=content,
             tool_calls=tuple(ToolCall(*call) for call in calls),
@@ -42,6 +45,8 @@ def decode_answer(data: bytes) -> Answer | None:
             usage=Usage(*usage),
             model=model,
             backend=backend,
+            logprobs=tuple(map(_decode_logprob, logprobs)),
+            reasoning=reasoning,
         )
     except (ValueError, TypeError):
         return None
@@ -75,6 +80,18 @@ def decode_vectors(data: bytes) -> Embeddings | None:
         return Embeddings(vectors, Usage(*usage), model, backend)
     except (ValueError, TypeError):
         return None
+
+
+def _encode_logprob(found: TokenLogprob) -> list[Any]:
+    alternatives = [_encode_logprob(each) for each in found.alternatives]
+    return [found.token, found.logprob, found.token_bytes.hex(), alternatives]
+
+
+def _decode_logprob(found: list[Any]) -> TokenLogprob:
+    token, logprob, coded, alternatives = found
+    return TokenLogprob(
+        token, logprob, bytes.fromhex(coded), tuple(map(_decode_logprob, alternatives))
+    )
 
 
 def _little_endian(vector: array[float]) -> array[float]:

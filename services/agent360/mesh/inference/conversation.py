@@ -79,6 +79,10 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     max_tokens: int | None = None
+    logprobs: bool = False
+    """Whether the probabilities of tokens are wanted."""
+    top_logprobs: int = 0
+    """How many of the most probable tokens are wanted at each place besides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +108,8 @@ class Hints:
     """The most the answer may cost; zero: no ceiling."""
     max_latency_s: float | None = None
     session_id: str = ""
+    queue_timeout_s: float | None = None
+    """The longest wait for a turn of a model; None: as the model's queue has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +122,8 @@ class CacheControl:
     """Do not answer from the cache, nor with the answer of a call in flight."""
     no_store: bool = False
     """Do not keep the answer."""
+    share: bool = False
+    """Share the answer with tenants that agreed to it, and take theirs."""
 
 
 @dataclass(frozen=True, slots=True)

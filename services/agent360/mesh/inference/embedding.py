@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Coroutine
-from typing import Any, Final, NamedTuple
+from typing import NamedTuple
 
-from agent360.client.errors import MeshError
-from agent360.mesh.inference import fingerprint, tokens
-from agent360.mesh.inference.answers import Embeddings, Source, Usage
-from agent360.mesh.inference.catalogue import Catalogue, cost_usd
-from agent360.mesh.inference.codec import decode_vectors, encode_vectors
+from agent360.mesh.inference import fingerprint
+from agent360.mesh.inference.answers import Embeddings, Source
+from agent360.mesh.inference.caching.keeper import Keeper
 from agent360.mesh.inference.conversation import EmbeddingInputs
-from agent360.mesh.inference.fleet import Fleet
-from agent360.mesh.inference.ports import AnswerCache, Meter, Quota
-from agent360.mesh.inference.routing import EXPLICIT, Route, lacking
-from agent360.mesh.inference.settings import InferenceSettings, ModelSettings
+from agent360.mesh.inference.counting.counter import TokenCounter
+from agent360.mesh.inference.flights import Flight
+from agent360.mesh.inference.joining import Joining, Share
+from agent360.mesh.inference.metering.runs import ChargedRuns
+from agent360.mesh.inference.metering.till import Till
+from agent360.mesh.inference.ports import Amount, AnswerCache, Meter, Payer, Quota, UsageRecord
+from agent360.mesh.inference.ride import Ride, reason_of
+from agent360.mesh.inference.routing import Route, Router
+from agent360.mesh.inference.settings import InferenceSettings
+from agent360.mesh.inference.upstream import Upstream
 from agent360.mesh.runtime.call import Call
-
-NAMESPACE: Final = "inference.embed"
-"""The cache namespace of vectors."""
 
 
 class Embedded(NamedTuple):
@@ -43,19 +42,21 @@ class EmbeddingService:
     def __init__(
         self,
         settings: InferenceSettings,
-        catalogue: Catalogue,
-        fleet: Fleet,
+        router: Router,
+        upstream: Upstream,
+        counter: TokenCounter,
         cache: AnswerCache,
         quota: Quota,
         meter: Meter,
     ) -> None:
         self._settings = settings
-        self._catalogue = catalogue
-        self._fleet = fleet
-        self._cache = cache
+        self._router = router
+        self._keeper = Keeper(cache, settings.cache)
         self._quota = quota
+        self._till = Till(quota)
+        self._runs = ChargedRuns(settings, upstream, counter, self._till, quota, meter)
+        self._joining: Joining[Embeddings] = Joining(settings.coalescing, self._till)
         self._meter = meter
-        self._afterwards: set[asyncio.Task[None]] = set()
 
     async def embed(self, call: Call, request: EmbeddingInputs) -> Embedded:
         """The vectors of texts.
@@ -64,66 +65,67 @@ class EmbeddingService:
             MeshError: there is no such model, a limit denies the request, or the model fails.
         """
         received = time.monotonic()
-        tenant = call.tenant
-        model = self._catalogue.get(request.model, tenant)
-        call.facts["model"] = model.name
-        if "embeddings" not in model.capabilities:
-            raise lacking(model.name, {"embeddings"})
+        self._keeper.refuse_reserved(call.tenant)
+        route = self._router.choose_embedder(request.model, call.tenant)
+        call.facts["model"] = route.model.name
+        payer = Payer(call.tenant, route.model.name, request.user)
+        ride: Ride[Embeddings] | None = None
         try:
-            await self._quota.admit(tenant, model.name, request.user)
-            key = fingerprint.of_inputs(request, model.name)
-            found = None if request.cache.no_cache else await self._kept(tenant, key)
-            source = Source.CACHE if found is not None else Source.MODEL
-            if found is None:
-                found = await self._run_model(tenant, request, model)
-                if not request.cache.no_store:
-                    self._do_afterwards(self._keep(tenant, key, found, request))
-        except asyncio.CancelledError:
-            self._meter.failed(tenant, model.name, "CANCELLED")
+            if not self._quota.admit_at_once(payer):
+                await self._quota.admit(payer)
+            async with self._joining.follow(self._share(call, payer, request, route)) as follower:
+                ride = Ride(
+                    call, request.user, route, follower, received, self._meter, method="embed"
+                )
+                found = await ride.answered()
+        except BaseException as error:
+            reason = reason_of(error)
+            if ride is not None:
+                ride.failed(reason)
+            else:
+                total_s = time.monotonic() - received
+                self._meter.record(
+                    UsageRecord(payer, "embed", reason, total_s, request_id=call.request_id)
+                )
             raise
-        except MeshError as error:
-            self._meter.failed(tenant, model.name, error.reason)
-            raise
-        self._meter.answered(tenant, model.name, source, time.monotonic() - received, None)
-        cost = cost_usd(model, found.usage) if source is Source.MODEL else 0.0
-        return Embedded(found, source, Route(model, EXPLICIT), cost)
+        return Embedded(found.answer, found.source, found.route, found.cost_usd)
 
     async def close(self) -> None:
-        """Waits for tokens to be settled and vectors to be kept."""
-        if self._afterwards:
-            await asyncio.wait(self._afterwards, timeout=self._settings.limits.timeout_s * 2)
+        """Ends what is in flight, settles its tokens, and keeps its vectors."""
+        await self._joining.close()
+        await self._till.close(self._settings.limits.timeout_s * 2)
 
-    async def _run_model(
-        self, tenant: str, request: EmbeddingInputs, model: ModelSettings
-    ) -> Embeddings:
-        estimate = tokens.estimate_inputs(request.inputs)
-        reservation = await self._quota.reserve(tenant, model.name, request.user, estimate)
-        used: Usage | None = None
-        try:
-            member = self._fleet.choose(model)
-            with self._fleet.at_work(member, model.name):
-                vectors, said = await member.backend.embed(request, model.upstream_name)
-            used = said or Usage(estimate, estimated=True)
-        finally:
-            spent = used.input_tokens if used else 0
-            self._do_afterwards(self._quota.settle(tenant, reservation, spent))
-        backend = member.backend.name
-        self._meter.consumed(tenant, model.name, backend, used, cost_usd(model, used))
-        return Embeddings(vectors, used, model.name, backend)
+    def _share(
+        self, call: Call, payer: Payer, request: EmbeddingInputs, route: Route
+    ) -> Share[Embeddings]:
+        control = request.cache
+        scope = self._keeper.scope(call.tenant, control)
+        place = self._keeper.vectors_place(scope, fingerprint.of_inputs(request, route.model))
 
-    def _do_afterwards(self, work: Coroutine[Any, Any, None]) -> None:
-        """Runs ``work`` without the caller's waiting for it, even if the caller leaves."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._afterwards.add(task)
-        task.add_done_callback(self._afterwards.discard)
+        async def most() -> Amount:
+            return await self._runs.most_of_inputs(request, route)
 
-    async def _kept(self, tenant: str, key: str) -> Embeddings | None:
-        data = await self._cache.get(tenant, NAMESPACE, key)
-        return None if data is None else decode_vectors(data)
+        async def fly(flight: Flight[Embeddings]) -> None:
+            kept = None if control.no_cache else await self._keeper.find_vectors(place)
+            if kept is not None:
+                flight.bill.settle(Amount())
+                flight.land(kept, Source.CACHE)
+                return
+            found = await self._runs.vectors(flight, call, request, route)
+            flight.land(found)
+            # Vectors of a fallback are not the model's own, so they are not kept as those.
+            if found.model == route.model.name and not control.no_store:
+                await self._keeper.keep_vectors(place, found, control)
 
-    async def _keep(
-        self, tenant: str, key: str, found: Embeddings, request: EmbeddingInputs
-    ) -> None:
-        settings = self._settings.cache
-        ttl_s = min(request.cache.ttl_s or settings.ttl_s, settings.max_ttl_s)
-        await self._cache.put(tenant, NAMESPACE, key, encode_vectors(found), ttl_s)
+        return Share(
+            call=call,
+            payer=payer,
+            place=place,
+            alone=control.no_cache,
+            solo=control.no_cache and control.no_store,
+            streamed=False,
+            most=most,
+            # Vectors come all at once: before, nothing was made.
+            produced=lambda _: Amount(),
+            fly=fly,
+        )

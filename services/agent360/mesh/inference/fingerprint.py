@@ -15,21 +15,23 @@ from agent360.mesh.inference.conversation import (
     SchemaJson,
     TextPart,
 )
+from agent360.mesh.inference.settings import ModelSettings
 
 _DIGEST_BYTES: Final = 24
+_canonical: Final = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
 
 
-def of_prompt(prompt: Prompt, model: str) -> str:
-    """The name of a request to ``model``, as a cache key.
+def of_prompt(prompt: Prompt, model: ModelSettings) -> str:
+    """The name of a request to ``model``, as a cache key that begins with ``NAME@VERSION/``.
 
     What does not shape the answer is left out: hints, cache control, the end user. The tenant is
     left out too: the cache keeps tenants apart.
     """
     sampling = prompt.sampling
     choice = prompt.tool_choice
-    return _digest(
+    return _named(
+        model,
         [
-            model,
             [_message(message) for message in prompt.messages],
             [[each.name, each.description, each.parameters, each.strict] for each in prompt.tools],
             [choice.mode, choice.tool_name] if choice else None,
@@ -42,20 +44,25 @@ def of_prompt(prompt: Prompt, model: str) -> str:
                 sampling.seed,
                 sampling.stop,
                 sampling.max_tokens,
+                sampling.logprobs,
+                sampling.top_logprobs,
             ],
             _response_format(prompt.response_format),
-        ]
+        ],
     )
 
 
-def of_inputs(request: EmbeddingInputs, model: str) -> str:
-    """The name of a request for vectors, as a cache key."""
-    return _digest([model, request.dimensions, request.inputs])
+def of_inputs(request: EmbeddingInputs, model: ModelSettings) -> str:
+    """The name of a request for vectors, as a cache key; as ``of_prompt``."""
+    return _named(model, [request.dimensions, request.inputs])
 
 
-def _digest(canonical: Any) -> str:
-    text = json.dumps(canonical, sort_keys=True, separators=(",", ":"))
-    return hashlib.blake2b(text.encode(), digest_size=_DIGEST_BYTES).hexdigest()
+def _named(model: ModelSettings, asked: list[Any]) -> str:
+    # The prefix is for people and invalidations; the digest alone tells all models apart.
+    asked += [model.name, model.version, model.upstream_name, model.quantization]
+    text = _canonical(asked)
+    digest = hashlib.blake2b(text.encode(), digest_size=_DIGEST_BYTES).hexdigest()
+    return f"{model.name}@{model.version}/{digest}"
 
 
 def _message(message: Message) -> list[Any]:

@@ -7,39 +7,72 @@ import contextlib
 import contextvars
 import time
 from collections.abc import Callable, Coroutine, Hashable, Iterator, Sequence
-from typing import Any
+from typing import Any, Final, Generic, TypeVar
 
 from agent360.client.errors import UnavailableError
-from agent360.mesh.inference.answers import Answer, Delta, Piece, Source, merge
+from agent360.mesh.inference.answers import (
+    Answer,
+    Delta,
+    Piece,
+    ReasoningPiece,
+    Source,
+    TokenLogprob,
+    as_pieces,
+    merge,
+)
+from agent360.mesh.inference.metering.sharing import SharedBill
+from agent360.mesh.inference.metering.till import Charge
+from agent360.mesh.inference.ports import Amount, Payer
+from agent360.mesh.inference.queueing import Ticket
+from agent360.mesh.inference.routing import Route
 from agent360.mesh.inference.tokens import size_of
 
+T = TypeVar("T")
 
-class Flight:
+_ADMISSION: Final = "admission"
+_PIECES: Final = "pieces"
+
+
+class Flight(Generic[T]):
     """One call of a model and what it has said so far.
 
     Invariant: ``pieces`` only grows, and a follower that joins late reads it from the start.
     Exactly one of ``answer`` and ``error`` is set when it has ended.
     """
 
-    def __init__(self, key: Hashable, user: str) -> None:
+    def __init__(self, key: Hashable, payer: Payer, bill: SharedBill) -> None:
         self.key = key
-        self.user = user
-        """Whose limits the call is charged to, besides the tenant's."""
+        self.payer = payer
+        """Whose limits decide whether the model is run."""
+        self.bill = bill
+        """Who is charged."""
         self.pieces: list[Piece] = []
         self.said_bytes = 0
-        self.answer: Answer | None = None
+        self.answer: T | None = None
         self.error: Exception | None = None
         self.source = Source.MODEL
         self.admitted = False
         """Limits let it pass, or it needs none."""
         self.denied = False
         """Limits refused it."""
+        self.route: Route | None = None
+        """What answered, where that is not what the callers' own routes say: after a fallback."""
         self.began: float | None = None
         """When the model was asked, on the monotonic clock."""
         self.first_piece: float | None = None
         """When it first said something."""
-        self.followers: set[Follower] = set()
+        self.wanted_until: float | None = None
+        """The latest deadline of those who wait, on the monotonic clock; None: nobody told one."""
+        self.ticket: Ticket | None = None
+        """What the model's queue was told of it, once it was."""
+        self.patience_s: float | None = None
+        """The longest wait for a turn of the model that whom it began for allows; None: any."""
+        self.followers: set[Follower[T]] = set()
         self.task: asyncio.Task[None] | None = None
+        self.work: Callable[[], Coroutine[Any, Any, None]] | None = None
+        """What its only caller has yet to do itself; None where a task does it."""
+        self.begun = False
+        """Whether its work has begun: a task that is cancelled before never does."""
 
     @property
     def ended(self) -> bool:
@@ -49,7 +82,14 @@ class Flight:
     def admit(self) -> None:
         """Notes that limits let the call pass."""
         self.admitted = True
-        self._wake()
+        self._wake(_ADMISSION)
+
+    def want(self, until: float) -> None:
+        """Notes that somebody waits until a deadline, on the monotonic clock."""
+        if self.wanted_until is None or until > self.wanted_until:
+            self.wanted_until = until
+            if self.ticket is not None:
+                self.ticket.deadline = until
 
     def push(self, pieces: Sequence[Piece]) -> None:
         """Adds what the model said."""
@@ -57,9 +97,9 @@ class Flight:
             self.first_piece = time.monotonic()
         self.pieces += pieces
         self.said_bytes += sum(map(_size, pieces))
-        self._wake()
+        self._wake(_PIECES)
 
-    def land(self, answer: Answer, source: Source = Source.MODEL) -> None:
+    def land(self, answer: T, source: Source = Source.MODEL) -> None:
         """Ends it with an answer, all of whose pieces were pushed."""
         self.answer, self.source, self.admitted = answer, source, True
         self._wake()
@@ -70,12 +110,14 @@ class Flight:
             self.error = error
             self._wake()
 
-    def _wake(self) -> None:
+    def _wake(self, happened: str = "") -> None:
+        """Wakes those who wait for it; all where the flight has ended."""
         for follower in self.followers:
-            follower.woken.set()
+            if not happened or follower.awaits == happened:
+                follower.wake()
 
 
-class Follower:
+class Follower(Generic[T]):
     """A caller that waits for a flight's answer, at its own pace.
 
     Example:
@@ -83,19 +125,36 @@ class Follower:
         ...     delta = follower.take()
     """
 
-    __slots__ = ("_bytes_taken", "_taken", "flight", "leads", "woken")
+    __slots__ = (
+        "_bytes_taken",
+        "_taken",
+        "_waiter",
+        "awaits",
+        "charge",
+        "flight",
+        "late",
+        "leads",
+    )
 
-    def __init__(self, flight: Flight, leads: bool) -> None:
+    def __init__(self, flight: Flight[T], leads: bool) -> None:
         self.flight = flight
         self.leads = leads
         """Whether the flight began for this caller."""
-        self.woken = asyncio.Event()
+        self.late = flight.answer is not None
+        """Whether the answer was there before this caller came."""
+        self.charge: Charge | None = None
+        """What was set aside for a caller who joined; None: nothing."""
+        self.awaits = ""
+        """What wakes this caller before the end."""
+        self._waiter: asyncio.Future[None] | None = None
         self._taken = 0
         self._bytes_taken = 0
 
     @property
     def source(self) -> Source:
         """Where this caller's answer comes from."""
+        if self.late:
+            return Source.CACHE
         if self.flight.source is Source.MODEL and not self.leads:
             return Source.COALESCED
         return self.flight.source
@@ -108,7 +167,7 @@ class Follower:
     async def admitted(self) -> None:
         """Waits until limits let the flight pass, or it ended."""
         while not self.flight.admitted and not self.flight.ended:
-            await self._woken()
+            await self._woken(_ADMISSION)
 
     async def more(self) -> bool:
         """Waits until there is something to take; False: everything was taken.
@@ -124,7 +183,7 @@ class Follower:
                 raise flight.error.with_traceback(None)
             if flight.answer is not None:
                 return False
-            await self._woken()
+            await self._woken(_PIECES)
 
     def take(self) -> Delta:
         """What was said since the last time, put together."""
@@ -134,49 +193,62 @@ class Follower:
         self._bytes_taken = self.flight.said_bytes
         return merge(fresh)
 
-    async def answer(self) -> Answer:
+    async def answer(self) -> T:
         """Waits for the whole answer.
 
         Raises:
             Exception: what the flight failed with.
         """
         flight = self.flight
+        if flight.work is not None:
+            work, flight.work = flight.work, None
+            await work()
         while flight.answer is None:
             if flight.error is not None:
                 raise flight.error.with_traceback(None)
-            await self._woken()
+            await self._woken("the end")
         return flight.answer
 
-    async def _woken(self) -> None:
-        self.woken.clear()
-        await self.woken.wait()
+    def wake(self) -> None:
+        """Something happened that this caller waits for."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def _woken(self, awaits: str) -> None:
+        self.awaits = awaits
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
 
 
-Work = Callable[[Flight], Coroutine[Any, Any, None]]
+Work = Callable[[Flight[T]], Coroutine[Any, Any, None]]
 """Does a flight's work: pushes pieces, lands or raises."""
 
 
-class Flights:
+class Flights(Generic[T]):
     """The flights of a service.
 
     A flight is a task of its own, in an empty context: it outlives the caller it began for while
-    another waits, and is cancelled when nobody does.
+    another waits, and is cancelled when nobody does. One that nobody can join needs none
+    (``alone``).
     """
 
     def __init__(self) -> None:
-        self._joinable: dict[Hashable, Flight] = {}
+        self._joinable: dict[Hashable, Flight[T]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __len__(self) -> int:
         return len(self._tasks)
 
-    def find(self, key: Hashable) -> Flight | None:
+    def find(self, key: Hashable) -> Flight[T] | None:
         """The flight of that key that can be joined."""
         return self._joinable.get(key)
 
-    def launch(self, key: Hashable, user: str, work: Work) -> Flight:
+    def launch(self, key: Hashable, payer: Payer, bill: SharedBill, work: Work[T]) -> Flight[T]:
         """Begins a flight; others can join it unless one of its key is there already."""
-        flight = Flight(key, user)
+        flight: Flight[T] = Flight(key, payer, bill)
         self._joinable.setdefault(key, flight)
         task = asyncio.get_running_loop().create_task(
             self._run(flight, work), context=contextvars.Context()
@@ -186,8 +258,17 @@ class Flights:
         task.add_done_callback(self._tasks.discard)
         return flight
 
+    def alone(self, payer: Payer, bill: SharedBill, work: Work[T]) -> Flight[T]:
+        """A flight that nobody can join: its caller does the work on the way to the answer.
+
+        That spares a task and the way there and back. Only for work that ends with its answer.
+        """
+        flight: Flight[T] = Flight(None, payer, bill)
+        flight.work = lambda: self._run(flight, work)
+        return flight
+
     @contextlib.contextmanager
-    def follow(self, flight: Flight, *, leads: bool) -> Iterator[Follower]:
+    def follow(self, flight: Flight[T], *, leads: bool) -> Iterator[Follower[T]]:
         """Waits for a flight; leaving it as the last one cancels it."""
         follower = Follower(flight, leads)
         flight.followers.add(follower)
@@ -195,9 +276,12 @@ class Flights:
             yield follower
         finally:
             flight.followers.discard(follower)
-            if not flight.followers and not flight.ended and flight.task is not None:
+            if not flight.followers and not flight.ended:
                 self._withdraw(flight)
-                flight.task.cancel()
+                if flight.task is not None:
+                    flight.task.cancel()
+                if not flight.begun:
+                    flight.bill.settle(Amount())
 
     async def close(self) -> None:
         """Cancels all flights and waits for their end."""
@@ -205,7 +289,8 @@ class Flights:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _run(self, flight: Flight, work: Work) -> None:
+    async def _run(self, flight: Flight[T], work: Work[T]) -> None:
+        flight.begun = True
         try:
             await work(flight)
         except asyncio.CancelledError:
@@ -216,12 +301,25 @@ class Flights:
         finally:
             self._withdraw(flight)
 
-    def _withdraw(self, flight: Flight) -> None:
+    def _withdraw(self, flight: Flight[T]) -> None:
         if self._joinable.get(flight.key) is flight:
             del self._joinable[flight.key]
+
+
+def landed(answer: Answer, payer: Payer) -> Follower[Answer]:
+    """A caller whose answer is there already: nothing flies, nobody joins, nothing is charged."""
+    flight: Flight[Answer] = Flight(None, payer, SharedBill("leader"))
+    flight.push(as_pieces(answer))
+    flight.land(answer, Source.CACHE)
+    return Follower(flight, leads=True)
 
 
 def _size(piece: Piece) -> int:
     if isinstance(piece, str):
         return size_of(piece)
+    if isinstance(piece, TokenLogprob):
+        # It tells of tokens that were counted as text.
+        return 0
+    if isinstance(piece, ReasoningPiece):
+        return size_of(piece.text)
     return size_of(piece.arguments) + len(piece.name) + len(piece.id)

@@ -31,6 +31,32 @@ def estimate_prompt(prompt: Prompt) -> int:
     return total
 
 
+def texts_of(prompt: Prompt) -> tuple[list[str], int]:
+    """The texts of a conversation and its tools, and how many tokens stand around them, about."""
+    texts: list[str] = []
+    overhead = 0
+    for message in prompt.messages:
+        overhead += _TOKENS_PER_MESSAGE
+        texts.append(message.content)
+        for part in message.parts:
+            if isinstance(part, ImagePart):
+                overhead += _TOKENS_PER_IMAGE
+            else:
+                texts.append(part.text)
+        for call in message.tool_calls:
+            texts += (call.name, call.arguments)
+    for tool in prompt.tools:
+        texts += (tool.name, tool.description)
+        if tool.parameters:
+            texts.append(json.dumps(tool.parameters))
+    return [text for text in texts if text], overhead
+
+
+def has_images(prompt: Prompt) -> bool:
+    """Whether anything but text stands in a conversation."""
+    return any(isinstance(part, ImagePart) for each in prompt.messages for part in each.parts)
+
+
 def estimate_inputs(texts: Iterable[str]) -> int:
     """Tokens of texts to be embedded."""
     return sum(estimate_text(size_of(text)) for text in texts)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Protocol
 
 import structlog
 
 from agent360.mesh.ratelimit.failures import limit_from_file, limit_unknown, store_away
-from agent360.mesh.ratelimit.limits import Limit, LimitsError, LimitSet, Source
+from agent360.mesh.ratelimit.limits import Limit, LimitSet, Source
 from agent360.mesh.ratelimit.limits_file import read_limits
+from agent360.mesh.runtime.watched_file import WatchedFile
 
 LimitKey = tuple[str, str, str]
-_LOOK_EVERY_S: Final = 0.3
 
 
 class LimitTable(Protocol):
@@ -83,15 +82,11 @@ class LimitBook:
         Raises:
             LimitsError: the file is wrong.
         """
-        self._file = file
+        self._file = WatchedFile(file, read_limits, log, on_load) if file else None
         self._table = table
-        self._log = log
-        self._on_load = on_load
-        self._of_file = read_limits(file) if file else LimitSet(())
-        self._stamp = self._look()
+        self._of_file = self._file.content if self._file else LimitSet(())
         self._set: Mapping[LimitKey, Limit] = {}
         self._adopt: Callable[[LimitSet], None] = lambda _: None
-        self._watcher: asyncio.Task[None] | None = None
         self.limits = self._of_file
         """In force."""
 
@@ -100,13 +95,12 @@ class LimitBook:
         self._adopt = adopt
         await self._table.start(self._on_table)
         if self._file:
-            self._watcher = asyncio.create_task(self._watch())
+            self._file.start(self._on_file)
 
     async def close(self) -> None:
         """Watches no more."""
-        if self._watcher is not None:
-            self._watcher.cancel()
-            await asyncio.wait((self._watcher,))
+        if self._file:
+            await self._file.close()
         await self._table.close()
 
     async def put(self, limit: Limit) -> Limit:
@@ -135,6 +129,10 @@ class LimitBook:
         if not await self._table.remove(key):
             raise store_away()
 
+    def _on_file(self, limits: LimitSet) -> None:
+        self._of_file = limits
+        self._put_together()
+
     def _on_table(self, limits: Mapping[LimitKey, Limit]) -> None:
         self._set = dict(limits)
         self._put_together()
@@ -143,32 +141,3 @@ class LimitBook:
         both = {**self._set, **{limit.key: limit for limit in self._of_file}}
         self.limits = LimitSet(both.values(), self._of_file.plans)
         self._adopt(self.limits)
-
-    async def _watch(self) -> None:
-        while True:
-            await asyncio.sleep(_LOOK_EVERY_S)
-            stamp = await asyncio.to_thread(self._look)
-            if stamp != self._stamp:
-                self._stamp = stamp
-                await self._read_again()
-
-    async def _read_again(self) -> None:
-        if self._file is None:
-            return
-        try:
-            self._of_file = await asyncio.to_thread(read_limits, self._file)
-        except LimitsError as error:
-            self._log.error("the limits file is wrong; the old limits stay", error=str(error))
-            self._on_load(str(error))
-            return
-        self._log.info("limits read", file=str(self._file))
-        self._put_together()
-        self._on_load("")
-
-    def _look(self) -> tuple[int, int, int]:
-        """Changes when the file does."""
-        try:
-            stat = self._file.stat() if self._file else None
-        except OSError:
-            stat = None
-        return (stat.st_mtime_ns, stat.st_size, stat.st_ino) if stat else (0, 0, 0)

@@ -11,6 +11,7 @@ from typing import Final
 
 from agent360.mesh.ratelimit.counters import Counter, FixedWindow, SlidingWindow, TokenBucket
 from agent360.mesh.ratelimit.windows import Calendar, CalendarWindows, PlainWindows, Windows
+from agent360.mesh.runtime.watched_file import WrongFileError
 
 ID_PATTERN: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
 TENANT: Final = "tenant"
@@ -48,7 +49,7 @@ class Source(Enum):
     """The request that is subject to it; it is in no list."""
 
 
-class LimitsError(ValueError):
+class LimitsError(WrongFileError):
     """Limits are wrong; the message names the entry, the field and the fix."""
 
 

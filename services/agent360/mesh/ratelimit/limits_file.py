@@ -19,6 +19,7 @@ from agent360.mesh.ratelimit.limits import (
     LimitSet,
 )
 from agent360.mesh.ratelimit.windows import Calendar
+from agent360.mesh.runtime.toml_places import Places
 
 _PERIOD: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)")
 _UNITS_S: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3_600.0, "d": 86_400.0}
@@ -66,7 +67,7 @@ def read_limits(file: Path) -> LimitSet:
         raise LimitsError(f"{file}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise LimitsError(f"{file}: {error}") from error
-    place = _Places(file, text)
+    place = Places(file, text, "limits")
     unknown = sorted(set(content) - {"limits", "tenants"})
     if unknown:
         line = place.of_key(unknown[0])
@@ -87,37 +88,7 @@ def read_limits(file: Path) -> LimitSet:
     return LimitSet(limits.values(), _read_plans(content.get("tenants", {}), place))
 
 
-class _Places:
-    """Where things stand in the file, as ``FILE:LINE``."""
-
-    def __init__(self, file: Path, text: str) -> None:
-        self._file = file
-        self._lines = text.splitlines()
-        header = re.compile(r"\s*\[\[\s*limits\s*\]\]")
-        self._heads = [at for at, line in enumerate(self._lines) if header.match(line)]
-
-    def of(self, number: int, field: str) -> str:
-        """Of a field of a limit; of the limit if it does not have it."""
-        if number >= len(self._heads):
-            return str(self._file)
-        first = self._heads[number]
-        after = self._heads[number + 1] if number + 1 < len(self._heads) else len(self._lines)
-        return self._at(self._find(field, first, after) or first)
-
-    def of_key(self, key: str) -> str:
-        """Of a key or table."""
-        found = self._find(key, 0, len(self._lines))
-        return self._at(found) if found is not None else str(self._file)
-
-    def _find(self, key: str, first: int, after: int) -> int | None:
-        there = re.compile(rf'\s*(\[+\s*)?["\']?{re.escape(key)}["\']?\s*[=.\]]')
-        return next((at for at in range(first, after) if there.match(self._lines[at])), None)
-
-    def _at(self, line: int) -> str:
-        return f"{self._file}:{line + 1}"
-
-
-def _read_plans(table: Any, place: _Places) -> Mapping[str, str]:
+def _read_plans(table: Any, place: Places) -> Mapping[str, str]:
     if not isinstance(table, dict):
         raise LimitsError(f"{place.of_key('tenants')}: [tenants] is a table of plans by tenant")
     for tenant, plan in table.items():

@@ -1,33 +1,62 @@
-"""The HTTP side of a service: Prometheus metrics, liveness and readiness."""
+"""The HTTP side of a service: Prometheus metrics, liveness and readiness, and its own API."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ssl
+from collections.abc import Callable, Sequence
+from typing import Final
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+_BACKLOG: Final = 1024
+_SHUTDOWN_S: Final = 1.0
+"""How long the last bytes of answers may take to go out when everything else has ended."""
+
 
 class AdminServer:
-    """Serves /metrics, /healthz and /readyz."""
+    """Serves /metrics, /healthz and /readyz, and the routes of a service that has an HTTP API."""
 
-    def __init__(self, registry: CollectorRegistry, is_ready: Callable[[], bool]) -> None:
+    def __init__(
+        self, registry: CollectorRegistry, is_ready: Callable[[], bool], max_body_bytes: int
+    ) -> None:
         self._registry = registry
         self._is_ready = is_ready
+        self._max_body_bytes = max_body_bytes
         self._runner: web.AppRunner | None = None
         self.port = 0
         """The port in use, once started."""
 
-    async def start(self, host: str, port: int) -> None:
-        """Listens; port 0 takes a free one."""
-        app = web.Application()
+    async def start(
+        self,
+        host: str,
+        port: int,
+        routes: Sequence[web.RouteDef] = (),
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        """Listens; port 0 takes a free one.
+
+        Args:
+            host: address to listen on.
+            port: HTTP port.
+            routes: of the service's own API; a caller that goes away cancels its request.
+            tls: what the port is secured with; None: nothing.
+        """
+        app = web.Application(client_max_size=self._max_body_bytes)
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)
-        self._runner = web.AppRunner(app, access_log=None, handle_signals=False)
+        app.add_routes(routes)
+        self._runner = web.AppRunner(
+            app,
+            access_log=None,
+            handle_signals=False,
+            handler_cancellation=True,
+            shutdown_timeout=_SHUTDOWN_S,
+        )
         await self._runner.setup()
-        site = web.TCPSite(self._runner, host, port)
+        site = web.TCPSite(self._runner, host, port, ssl_context=tls, backlog=_BACKLOG)
         await site.start()
         self.port = self._runner.addresses[0][1]
 

@@ -6,11 +6,13 @@ import asyncio
 import ipaddress
 import os
 import signal
-from collections.abc import Callable
+import ssl
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol, runtime_checkable
 
 import grpc
 import structlog
+from aiohttp import web
 from grpc_channelz.v1 import channelz
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -20,6 +22,7 @@ from agent360.client import Mesh, Tls
 from agent360.client.channel import server_options
 from agent360.mesh.runtime.admin import AdminServer
 from agent360.mesh.runtime.handlers import HandlerFactory
+from agent360.mesh.runtime.http_calls import HttpCalls
 from agent360.mesh.runtime.interceptor import Compression, PolicyInterceptor
 from agent360.mesh.runtime.memory import tune_garbage_collection
 from agent360.mesh.runtime.policies import Policies, Policy
@@ -31,7 +34,7 @@ from agent360.mesh.runtime.policies.shedding import SheddingPolicy
 from agent360.mesh.runtime.policies.tracing import TracingPolicy
 from agent360.mesh.runtime.red import RedTable
 from agent360.mesh.runtime.service import ServiceContext, Servicer
-from agent360.mesh.runtime.settings import ServerSettings
+from agent360.mesh.runtime.settings import ServerSettings, TlsSettings
 from agent360.mesh.runtime.telemetry import Measurements, SelfReport, Tracing
 
 
@@ -57,6 +60,14 @@ class Drains(Protocol):
 
     def drain(self) -> None:
         """Asks them to."""
+
+
+@runtime_checkable
+class ServesHttp(Protocol):
+    """A servicer with an HTTP API of its own beside gRPC."""
+
+    def http_routes(self, calls: HttpCalls) -> Sequence[web.RouteDef]:
+        """What is served on the HTTP port beside metrics and health; empty: nothing."""
 
 
 ServicerFactory = Callable[[Any, ServiceContext], Servicer]
@@ -96,7 +107,7 @@ class Server:
         self._factory = factory
         self._given_mesh = mesh
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # not in __all__
-        self._admin = AdminServer(self.registry, lambda: self.ready)
+        self._admin = AdminServer(self.registry, lambda: self.ready, settings.max_message_bytes)
         self._tracing = Tracing(settings.tracing, settings.service)
         self._red = RedTable()
         self.registry.register(self._red)
@@ -135,9 +146,29 @@ class Server:
         self._report = SelfReport(self._red, measurements, self._mesh.audit, settings.service)
         policies = Policies(self._policies())
         self._handlers = HandlerFactory(settings, policies, self.log)
-        self._grpc = self._build(policies)
+        authenticator = Authenticator(
+            settings.authentication, settings.mesh.api_key.get_secret_value()
+        )
+        self._http_calls = HttpCalls(
+            authenticator,
+            policies,
+            lambda: self.ready,
+            self.log,
+            certificates=settings.tls.client_ca is not None,
+        )
+        self._grpc = self._build(policies, authenticator)
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        await self._admin.start(settings.host, self._wanted(settings.http_port, _HTTP_OFFSET))
+        routes = (
+            self._servicer.http_routes(self._http_calls)
+            if isinstance(self._servicer, ServesHttp)
+            else ()
+        )
+        await self._admin.start(
+            settings.host,
+            self._wanted(settings.http_port, _HTTP_OFFSET),
+            routes,
+            tls_context(settings.tls) if routes else None,
+        )
         self.port = self._bind(f"{settings.host}:{self._wanted(settings.port, 0)}")
         await self._grpc.start()
         await self._servicer.start()
@@ -157,11 +188,12 @@ class Server:
         self._stopped = True
         grace = self.settings.grace_s if grace_s is None else grace_s
         self.ready = False
+        self._http_calls.refuse()
         await self._health.enter_graceful_shutdown()
         self._handlers.open_streams.drain("shutdown", grace)
         if isinstance(self._servicer, Drains):
             self._servicer.drain()
-        await self._grpc.stop(grace)
+        await asyncio.gather(self._grpc.stop(grace), self._http_calls.drain(grace))
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -230,7 +262,7 @@ class Server:
             )
         return policies
 
-    def _build(self, policies: Policies) -> grpc.aio.Server:
+    def _build(self, policies: Policies, authenticator: Authenticator) -> grpc.aio.Server:
         settings = self.settings
         compressed = settings.compression != "none"
         lasting = {
@@ -241,9 +273,7 @@ class Server:
         server = grpc.aio.server(
             interceptors=[
                 PolicyInterceptor(
-                    Authenticator(
-                        settings.authentication, settings.mesh.api_key.get_secret_value()
-                    ),
+                    authenticator,
                     policies,
                     self._authorization,
                     long_lived=frozenset(lasting),
@@ -312,7 +342,24 @@ def connect_mesh(settings: ServerSettings) -> Mesh:
         metrics=others.metrics,
         api_key=others.api_key.get_secret_value(),
         tls=Tls(ca=others.ca) if others.ca else None,
+        near_cache=settings.near_cache(),
     )
+
+
+def tls_context(tls: TlsSettings) -> ssl.SSLContext | None:
+    """What an HTTP port with an API is secured with: the certificates of the gRPC port.
+
+    Client certificates are asked for as there; whether one is required is for the API to check, as
+    probes of health and metrics have none.
+    """
+    if tls.certificate is None or tls.key is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(tls.certificate, tls.key)
+    if tls.client_ca is not None:
+        context.load_verify_locations(tls.client_ca)
+        context.verify_mode = ssl.CERT_OPTIONAL
+    return context
 
 
 def refuse_open_listener(settings: ServerSettings) -> None:

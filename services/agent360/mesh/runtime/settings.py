@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+
+from agent360.client import NearCache
+
+
+class SettingError(ValueError):
+    """What is set cannot be carried out; the message says what and why."""
 
 
 class Settings(BaseModel):
@@ -17,7 +24,7 @@ class Settings(BaseModel):
 
 
 class TlsSettings(Settings):
-    """Certificates of the gRPC port."""
+    """Certificates of the gRPC port, and of the HTTP port where that serves an API."""
 
     certificate: Path | None = None
     """PEM file with the server's certificate chain; TLS is on if it is given."""
@@ -56,6 +63,9 @@ class TenantSettings(Settings):
     """True: only ``known`` tenants are served."""
     known: tuple[str, ...] = ()
     """Names of tenants."""
+    reserved: tuple[str, ...] = ("shared-answers",)
+    """Tenants that are nobody's: only keys of the mesh's own services and of operators may speak
+    for them. In the name of this one the inference service keeps answers that tenants share."""
 
 
 class DeadlineSettings(Settings):
@@ -156,7 +166,8 @@ class ServerSettings(Settings):
     port: int = Field(default=0, ge=0, le=65535)
     """gRPC port; 0: the service's own (``agent360-mesh config`` shows it)."""
     http_port: int = Field(default=0, ge=0, le=65535)
-    """HTTP port of /metrics, /healthz and /readyz; 0: the service's own."""
+    """HTTP port of /metrics, /healthz and /readyz, and of the service's HTTP API if it has one;
+    0: the service's own."""
     ephemeral_ports: bool = False
     """True: ports of 0 are chosen by the operating system, for tests and embedding."""
     insecure: bool = False
@@ -175,7 +186,7 @@ class ServerSettings(Settings):
     compression_min_bytes: int = Field(default=16 * 2**10, ge=0)
     """Messages below this size are not compressed."""
     tls: TlsSettings = TlsSettings()
-    """Certificates of the gRPC port."""
+    """Certificates of the gRPC port, and of the HTTP port where that serves an API."""
     authentication: AuthenticationSettings = AuthenticationSettings()
     """Who may call."""
     tenants: TenantSettings = TenantSettings()
@@ -194,3 +205,27 @@ class ServerSettings(Settings):
     """Logs."""
     mesh: MeshAddresses = MeshAddresses()
     """Where the other services are."""
+
+    @model_validator(mode="after")
+    def _reserved_tenants_have_no_keys(self) -> ServerSettings:
+        self._refuse_keys_of(self.tenants.reserved, "tenants.reserved")
+        return self
+
+    def _refuse_keys_of(self, reserved: Collection[str], setting: str) -> None:
+        """Refuses keys that are bound to a tenant which is nobody's.
+
+        Raises:
+            ValueError: there is one.
+        """
+        for key in self.authentication.keys:
+            taken = set() if key.service or key.admin else set(reserved).intersection(key.tenants)
+            if taken:
+                names = ", ".join(sorted(taken))
+                raise ValueError(
+                    f"authentication.keys: {key.name} is bound to {names}, which {setting} keeps "
+                    "for the mesh itself; bind it to another tenant"
+                )
+
+    def near_cache(self) -> NearCache | None:
+        """What the service keeps near of the cache service's entries; None: nothing."""
+        return None

@@ -56,9 +56,10 @@ class Measurements(Protocol):
 def configure_logging(settings: LogSettings) -> None:
     """Sets up the process's logs: one JSON object a line, or colours where a person looks on."""
     console = settings.format == "console" or (settings.format == "auto" and sys.stderr.isatty())
-    renderer: Any = (
-        structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer()
-    )
+    renderer: Any = structlog.processors.JSONRenderer()
+    if console:
+        # Its own tracebacks show local variables, and with them keys and what callers said.
+        renderer = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,

@@ -12,6 +12,8 @@ from google.protobuf.duration_pb2 import Duration
 from agent360.client.errors import InvalidRequestError, Violation
 
 TENANT_PATTERN: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+PRINTABLE: Final = r"^[^\x00-\x1f\x7f]+$"
+"""What names must match that go into headers, logs and labels."""
 TENANT_RULE: Final = "must match [a-z0-9][a-z0-9-]{0,62}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -38,6 +39,8 @@ class Turn:
     """What goes wrong."""
     include_usage: bool
     """Whether a stream ends with the usage."""
+    alternatives: int | None = None
+    """How many alternatives to tell beside the probability of each token; None: tell none."""
 
     @property
     def id(self) -> str:
@@ -73,14 +76,14 @@ async def answer_whole(request: web.Request, turn: Turn, pace: Pace) -> web.Stre
     """Answers with one JSON object after the time that a stream would take."""
     script, behaviour = turn.script, turn.behaviour
     cut_at = _NEVER if behaviour.break_after is None else behaviour.break_after
-    spoken = min(len(script.pieces), cut_at)
+    spoken = min(len(script.thoughts) + len(script.pieces), cut_at)
     delay = pace.first_token_s() + pace.inter_token_s() * max(spoken - 1, 0)
-    await asyncio.sleep(delay + behaviour.stall_s)
+    await _wait(delay + behaviour.stall_s)
     body = _whole(turn)
     if behaviour.malformed_after is not None:
         return web.Response(body=body[: len(body) // 2], content_type="application/json")
     if cut_at < _NEVER:
-        return await _cut_in_body(request, body)
+        return await cut_in_body(request, body)
     return web.Response(body=body, content_type="application/json")
 
 
@@ -95,7 +98,7 @@ async def answer_in_pieces(request: web.Request, turn: Turn, pace: Pace) -> web.
     if stall_at == 0:
         await asyncio.sleep(behaviour.stall_s)
         stall_at = _NEVER
-    await asyncio.sleep(pace.first_token_s())
+    await _wait(pace.first_token_s())
     await response.prepare(request)
     events = list(_events(turn))
     cut_at = _NEVER if behaviour.break_after is None else behaviour.break_after
@@ -128,6 +131,21 @@ async def answer_in_pieces(request: web.Request, turn: Turn, pace: Pace) -> web.
     return response
 
 
+async def _wait(delay_s: float) -> None:
+    if delay_s > 0:
+        await asyncio.sleep(delay_s)
+
+
+async def cut_in_body(request: web.Request, body: bytes) -> web.StreamResponse:
+    """Sends half of a body and closes the connection."""
+    response = web.StreamResponse(headers={"Content-Type": "application/json"})
+    response.headers.update(request.app[RESPONSE_HEADERS])
+    response.content_length = len(body)
+    await response.prepare(request)
+    await response.write(body[: len(body) // 2])
+    return _hang_up(request, response)
+
+
 RESPONSE_HEADERS: Final = web.AppKey("response_headers", dict[str, str])
 """Headers that every answer carries."""
 
@@ -136,6 +154,8 @@ def _whole(turn: Turn) -> bytes:
     script = turn.script
     said = "".join(script.pieces)
     message: dict[str, Any] = {"role": "assistant", "content": said}
+    if script.thoughts:
+        message["reasoning_content"] = "".join(script.thoughts)
     if script.tool:
         call = {"name": script.tool, "arguments": said}
         message["content"] = None
@@ -152,7 +172,7 @@ def _whole(turn: Turn) -> bytes:
             {
                 "index": 0,
                 "message": message,
-                "logprobs": None,
+                "logprobs": _logprobs(script.pieces, turn.alternatives),
                 "finish_reason": script.finish_reason,
             }
         ],
@@ -166,13 +186,35 @@ def _events(turn: Turn) -> Iterator[bytes]:
     """One event a token; the first also opens the message."""
     head, tail = _frame(turn)
     dumps = json.dumps
+    for thought in turn.script.thoughts:
+        yield f'{head}{{"reasoning_content":{dumps(thought)}}}{tail}'.encode()
     if turn.script.tool:
         yield from _tool_events(turn.script, turn.number, head, tail)
         return
     opening = f'{head}{{"role":"assistant","content":""}}{tail}'
     for place, piece in enumerate(turn.script.pieces):
-        event = f'{head}{{"content":{dumps(piece)}}}{tail}'
+        logprobs = _logprobs([piece], turn.alternatives)
+        told = f'{{"content":{dumps(piece)}}}'
+        if logprobs is not None:
+            told += f',"logprobs":{dumps(logprobs)}'
+        event = f"{head}{told}{tail}"
         yield (opening + event if place == 0 else event).encode()
+
+
+def _logprobs(pieces: Sequence[str], alternatives: int | None) -> dict[str, Any] | None:
+    """Made-up probabilities: each token half as probable as its place before, from 1/2."""
+    if alternatives is None:
+        return None
+    content = []
+    for piece in pieces:
+        likely = [piece, *(f"{piece}~{place}" for place in range(1, alternatives))][:alternatives]
+        top = [_logprob(each, place) for place, each in enumerate(likely)]
+        content.append({**_logprob(piece, 0), "top_logprobs": top})
+    return {"content": content}
+
+
+def _logprob(token: str, place: int) -> dict[str, Any]:
+    return {"token": token, "logprob": -(place + 1) * math.log(2), "bytes": list(token.encode())}
 
 
 def _tool_events(script: Script, number: int, head: str, tail: str) -> Iterator[bytes]:
@@ -216,15 +258,6 @@ def _frame(turn: Turn) -> tuple[str, str]:
     )
     usage = ',"usage":null' if turn.include_usage else ""
     return head, f',"finish_reason":null}}]{usage}}}\n\n'
-
-
-async def _cut_in_body(request: web.Request, body: bytes) -> web.StreamResponse:
-    response = web.StreamResponse(headers={"Content-Type": "application/json"})
-    response.headers.update(request.app[RESPONSE_HEADERS])
-    response.content_length = len(body)
-    await response.prepare(request)
-    await response.write(body[: len(body) // 2])
-    return _hang_up(request, response)
 
 
 def _hang_up(request: web.Request, response: web.StreamResponse) -> web.StreamResponse:

@@ -37,6 +37,8 @@ class Behaviour:
     """After how many tokens the connection is cut. ``[[sim:break=10]]``."""
     tokens: int = 0
     """Length of the answer; 0: it follows from the prompt. ``[[sim:tokens=200]]``."""
+    thoughts: int = 0
+    """Tokens of thoughts before the answer, as reasoning models have them. ``[[sim:think=20]]``."""
     first_token_s: float | None = None
     """Time to the first token instead of the settings'. ``[[sim:ttft=0.5]]``."""
     inter_token_s: float | None = None
@@ -63,6 +65,7 @@ class Faults:
     def __init__(self, settings: SimulatorSettings) -> None:
         self._settings = settings
         self._random = random.Random(settings.seed)
+        self._to_fail = settings.error_first
 
     def behaviour(self, prompt: str, header: str) -> Behaviour:
         """How to answer a request; what it asks for goes before the rates.
@@ -84,6 +87,9 @@ class Faults:
 
     def _struck(self) -> Behaviour:
         settings = self._settings
+        if self._to_fail:
+            self._to_fail -= 1
+            return Behaviour(error=settings.error_status, retry_after=settings.error_retry_after_s)
         if not (settings.error_rate or settings.stall_rate or settings.break_rate):
             return _NORMAL
         # One draw a fault and request, whatever the others give: the rates stay independent.
@@ -91,6 +97,7 @@ class Faults:
         where = self._random.randrange(1, _BREAK_WITHIN_TOKENS)
         return Behaviour(
             error=settings.error_status if error < settings.error_rate else 0,
+            retry_after=settings.error_retry_after_s,
             stall_s=settings.stall_s if stall < settings.stall_rate else 0.0,
             break_after=where if cut < settings.break_rate else None,
         )
@@ -119,6 +126,8 @@ def _changes(name: str, value: str) -> Mapping[str, Any]:
             return {"break_after": _number(value or "0", 0)}
         case "tokens":
             return {"tokens": _number(value, 1)}
+        case "think":
+            return {"thoughts": _number(value, 1)}
         case "ttft":
             return {"first_token_s": _seconds(value)}
         case "itl":

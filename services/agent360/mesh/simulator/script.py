@@ -24,11 +24,13 @@ class Script:
     """As in the OpenAI API: stop, length or tool_calls."""
     prompt_tokens: int
     """Tokens of the prompt."""
+    thoughts: Sequence[str] = ()
+    """Tokens of what it pretends to think before."""
 
     @property
     def usage(self) -> dict[str, Any]:
         """The usage object of the OpenAI API."""
-        generated = len(self.pieces)
+        generated = len(self.thoughts) + len(self.pieces)
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": generated,
@@ -49,14 +51,14 @@ def write_script(
     """
     messages = body["messages"]
     subject, seed = text.subject_of(messages), text.seed_of(body)
+    limit = body.get("max_completion_tokens") or body.get("max_tokens")
     tool = _tool_to_call(body)
     if tool is not None:
         schema = tool.get("parameters") or {}
         arguments = text.instance_of({"type": "object", **schema}, subject, seed)
         pieces, finish = text.cut(json.dumps(arguments)), "tool_calls"
     else:
-        pieces, finish = _text(body, subject, seed, settings, behaviour), "stop"
-    limit = body.get("max_completion_tokens") or body.get("max_tokens")
+        pieces, finish = _text(body, subject, seed, settings, behaviour, limit), "stop"
     if limit and len(pieces) > limit:
         pieces, finish = pieces[:limit], "length"
     return Script(
@@ -64,6 +66,7 @@ def write_script(
         tool=str(tool["name"]) if tool is not None else "",
         finish_reason=finish,
         prompt_tokens=text.prompt_tokens(messages),
+        thoughts=text.prose(subject, seed + 1, behaviour.thoughts) if behaviour.thoughts else (),
     )
 
 
@@ -73,6 +76,7 @@ def _text(
     seed: int,
     settings: SimulatorSettings,
     behaviour: Behaviour,
+    limit: int | None,
 ) -> list[str]:
     shape = body.get("response_format") or {}
     if shape.get("type") == "json_schema":
@@ -82,12 +86,17 @@ def _text(
         return text.cut(json.dumps({"simulated": True, "subject": subject[:200]}))
     span = settings.max_tokens - settings.min_tokens
     length = behaviour.tokens or settings.min_tokens + seed % (span + 1)
-    return _stopped(text.prose(subject, seed, length), body.get("stop"))
+    stop = body.get("stop")
+    # One more than the limit shows that there is more.
+    most = None if stop or not limit else limit + 1
+    return _stopped(text.prose(subject, seed, length, most), stop)
 
 
 def _stopped(pieces: list[str], stop: object) -> list[str]:
     """The pieces before the first stop text."""
     stops = [stop] if isinstance(stop, str) else stop if isinstance(stop, list) else []
+    if not stops:
+        return pieces
     whole = "".join(pieces)
     ends = [whole.find(each) for each in stops if each and each in whole]
     if not ends:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import signal
@@ -21,6 +22,7 @@ from agent360.mesh.simulator.chat import (
     Turn,
     answer_in_pieces,
     answer_whole,
+    cut_in_body,
 )
 from agent360.mesh.simulator.faults import HEADER, Behaviour, DirectiveError, Faults
 from agent360.mesh.simulator.load import Load
@@ -53,6 +55,10 @@ class Simulator:
         self._settings = settings or SimulatorSettings()
         self._models = {model.name: model for model in self._settings.models}
         self._faults = Faults(self._settings)
+        workers = self._settings.embedding_workers
+        self._embedding_workers: contextlib.AbstractAsyncContextManager[None] = (
+            asyncio.Semaphore(workers) if workers else contextlib.nullcontext()
+        )
         self._runner: web.AppRunner | None = None
         self._port = 0
         self._log = structlog.get_logger("agent360.mesh.simulator")
@@ -85,6 +91,8 @@ class Simulator:
                 web.get("/sim/load", self._show_load),
             ]
         )
+        if self._settings.counts_tokens:
+            application.router.add_post("/tokenize", self._tokenize)
         # A caller that goes away cancels its request, as it does on a real model server.
         self._runner = web.AppRunner(
             application, access_log=None, handler_cancellation=True, shutdown_timeout=1.0
@@ -120,7 +128,9 @@ class Simulator:
         return web.json_response(_model_object(self._model(request.match_info["name"])))
 
     async def _show_load(self, _: web.Request) -> web.StreamResponse:
-        return web.json_response(dataclasses.asdict(self.load))
+        # asdict would rebuild the Counter from pairs, and count those.
+        load = {each.name: getattr(self.load, each.name) for each in dataclasses.fields(self.load)}
+        return web.json_response(load)
 
     # ---------------------------------------------------------------- work
 
@@ -133,7 +143,14 @@ class Simulator:
             behaviour = self._admit(request, "".join(map(text.content_of, body["messages"])))
             script = write_script(body, self._settings, behaviour)
             options = body.get("stream_options") or {}
-            turn = Turn(number, model, script, behaviour, bool(options.get("include_usage")))
+            turn = Turn(
+                number,
+                model,
+                script,
+                behaviour,
+                bool(options.get("include_usage")),
+                int(body.get("top_logprobs") or 0) if body.get("logprobs") else None,
+            )
             pace = Pace(self._settings, self.load, turn)
             answer = answer_in_pieces if body.get("stream") else answer_whole
             return await answer(request, turn, pace)
@@ -145,8 +162,23 @@ class Simulator:
             inputs = _inputs(body)
             model = self._model(body.get("model"), embeddings=True)
             behaviour = self._admit(request, "".join(inputs))
-            await asyncio.sleep(self._settings.first_token_s * model.slowness + behaviour.stall_s)
-            return web.json_response(self._vectors(body, inputs, model, behaviour))
+            settings = self._settings
+            lone_s = settings.first_token_s + settings.text_s * len(inputs)
+            async with self._embedding_workers:
+                await asyncio.sleep(lone_s * model.slowness + behaviour.stall_s)
+            answer = self._vectors(body, inputs, model, behaviour)
+            if behaviour.break_after is not None:
+                return await cut_in_body(request, json.dumps(answer).encode())
+            return web.json_response(answer)
+
+    async def _tokenize(self, request: web.Request) -> web.StreamResponse:
+        self._authorise(request)
+        with self.load.one("/tokenize"):
+            body = await _read_json(request)
+            _check_messages(body)
+            self._model(body.get("model"), embeddings=False)
+            count = text.prompt_tokens(body["messages"])
+            return web.json_response({"count": count, "tokens": list(range(count))})
 
     def _vectors(
         self, body: dict[str, Any], inputs: list[str], model: SimulatedModel, behaviour: Behaviour

@@ -51,6 +51,12 @@ class SimulatorSettings(Settings):
     """Length of the longest answers, unless a request asks for more."""
     max_concurrent: int = Field(default=0, ge=0)
     """Requests beyond this many at a time are refused with 429; 0: none are."""
+    counts_tokens: bool = True
+    """Whether it has ``/tokenize`` beside the OpenAI API, in the form of vLLM."""
+    text_s: float = Field(default=0.0, ge=0)
+    """Time that each text of an embeddings request takes beside the time to the first token."""
+    embedding_workers: int = Field(default=0, ge=0)
+    """Embeddings requests that are worked on at a time, while others wait; 0: all are."""
     dimensions: int = Field(default=64, gt=0, le=4096)
     """Length of embedding vectors."""
     seed: int = 0
@@ -59,6 +65,10 @@ class SimulatorSettings(Settings):
     """Share of requests answered with ``error_status``."""
     error_status: int = Field(default=503, ge=400, le=599)
     """The HTTP status of those errors."""
+    error_first: int = Field(default=0, ge=0)
+    """So many requests at the start are answered with ``error_status`` too."""
+    error_retry_after_s: float | None = Field(default=None, ge=0)
+    """Retry-After of those errors, in seconds; None: they have none."""
     stall_rate: float = Field(default=0.0, ge=0, le=1)
     """Share of requests that stall for ``stall_s`` before their first token."""
     stall_s: float = Field(default=5.0, ge=0)

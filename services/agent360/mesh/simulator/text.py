@@ -17,12 +17,14 @@ _WORD: Final = re.compile(r"\w+|[^\w\s]")
 _PIECE: Final = re.compile(r"\s*\S{1,6}")
 _MARKER: Final = re.compile(r"\[\[sim:[^\]]*\]\]")
 _OPENING: Final = "This is a simulated answer, made without a model, about"
+_OPENING_WORDS: Final = tuple(_OPENING.split())
 _FILLING: Final = (
     "the plan step result tool agent search data answer checks first then while several keeps "
     "each request value next order list source summary report customer change item before after "
     "uses finds gives needs returns compares short long open clear simple known new other"
 )
 _VOCABULARY: Final = tuple(_FILLING.split())
+_CANONICAL: Final = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
 _TOKENS_PER_MESSAGE: Final = 4
 _MAX_DEPTH: Final = 6
 
@@ -49,25 +51,36 @@ def content_of(message: Mapping[str, Any]) -> str:
 
 def subject_of(messages: Sequence[Mapping[str, Any]]) -> str:
     """What the conversation is about: its last message without fault markers."""
-    return _MARKER.sub("", content_of(messages[-1])).strip()
+    content = content_of(messages[-1])
+    return (_MARKER.sub("", content) if "[[sim:" in content else content).strip()
 
 
 def seed_of(body: Mapping[str, Any]) -> int:
     """A number that follows from what shapes the answer: model, messages, tools, format, seed."""
     shaping = [body.get(name) for name in ("model", "messages", "tools", "response_format", "seed")]
-    canonical = json.dumps(shaping, sort_keys=True, separators=(",", ":"))
+    canonical = _CANONICAL(shaping)
     return int.from_bytes(hashlib.blake2b(canonical.encode(), digest_size=8).digest(), "big")
 
 
-def prose(subject: str, seed: int, tokens: int) -> list[str]:
-    """A text of ``tokens`` pieces that begins by saying what it is and ends with a full stop."""
-    choose = random.Random(seed)
+def prose(subject: str, seed: int, tokens: int, most: int | None = None) -> list[str]:
+    """A text of ``tokens`` pieces that begins by saying what it is and ends with a full stop.
+
+    Args:
+        subject: what it is about.
+        seed: makes texts about the same differ.
+        tokens: how many pieces the whole has.
+        most: how many of them are wanted; None: all.
+    """
     own = [word for word in _WORD.findall(subject)[:40] if word[0].isalnum()]
-    words = [*_OPENING.split(), *own[:6]]
-    while len(words) < tokens:
-        words.append(choose.choice(own if own and choose.random() < 0.2 else _VOCABULARY))
-    pieces = [words[0], *(f" {word}" for word in words[1:tokens])]
-    pieces[-1] += "."
+    words = [*_OPENING_WORDS, *own[:6]]
+    wanted = tokens if most is None else min(tokens, most)
+    if len(words) < wanted:
+        choose = random.Random(seed)
+        while len(words) < wanted:
+            words.append(choose.choice(own if own and choose.random() < 0.2 else _VOCABULARY))
+    pieces = [words[0], *(f" {word}" for word in words[1:wanted])]
+    if wanted == tokens:
+        pieces[-1] += "."
     return pieces
 
 

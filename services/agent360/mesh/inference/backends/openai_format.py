@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import base64
+import json
 import sys
+import uuid
 from array import array
 from collections.abc import Mapping
 from typing import Any, Final
 
-from agent360.mesh.inference.answers import FinishReason, Piece, ToolCallPiece, Usage
+from agent360.mesh.inference.answers import (
+    FinishReason,
+    Piece,
+    ReasoningPiece,
+    TokenLogprob,
+    ToolCallPiece,
+    Usage,
+)
 from agent360.mesh.inference.conversation import (
+    AnyJson,
     EmbeddingInputs,
     ImagePart,
     Message,
@@ -19,18 +29,32 @@ from agent360.mesh.inference.conversation import (
     Tool,
     ToolChoice,
 )
+from agent360.mesh.inference.settings import SchemaForm
 
 _FINISH: Final[Mapping[str, FinishReason]] = {
     "stop": "stop",
+    "eos_token": "stop",
+    "stop_sequence": "stop",
     "length": "length",
+    "max_tokens": "length",
+    "model_length": "length",
     "tool_calls": "tool_calls",
     "function_call": "tool_calls",
+    "tool_use": "tool_calls",
     "content_filter": "content_filter",
 }
+BROKEN: Final = frozenset({"error", "abort"})
+"""Finish reasons of answers that are not whole, as vLLM and routers have them."""
 
 
 def chat_body(
-    prompt: Prompt, model: str, *, streamed: bool, max_tokens_field: str
+    prompt: Prompt,
+    model: str,
+    *,
+    streamed: bool,
+    max_tokens_field: str,
+    stream_usage: bool = True,
+    schema_form: SchemaForm = "json_schema",
 ) -> dict[str, Any]:
     """The body of a chat completion request. The end user stays within the mesh."""
     body: dict[str, Any] = {
@@ -57,33 +81,38 @@ def chat_body(
         body["stop"] = list(sampling.stop)
     if sampling.max_tokens is not None:
         body[max_tokens_field] = sampling.max_tokens
-    if isinstance(prompt.response_format, SchemaJson):
-        shape = prompt.response_format
-        schema = {"name": shape.name, "schema": shape.schema, "strict": shape.strict}
-        body["response_format"] = {"type": "json_schema", "json_schema": schema}
-    elif prompt.response_format is not None:
-        body["response_format"] = {"type": "json_object"}
+    if sampling.logprobs:
+        body["logprobs"] = True
+        if sampling.top_logprobs:
+            body["top_logprobs"] = sampling.top_logprobs
+    if prompt.response_format is not None:
+        body["response_format"] = _response_format(prompt.response_format, schema_form)
     if streamed:
         body["stream"] = True
-        body["stream_options"] = {"include_usage": True}
+        if stream_usage:
+            body["stream_options"] = {"include_usage": True}
     return body
 
 
-def embedding_body(request: EmbeddingInputs, model: str) -> dict[str, Any]:
+def embedding_body(
+    request: EmbeddingInputs, model: str, encoding: str = "base64"
+) -> dict[str, Any]:
     """The body of an embedding request. base64 spares parsing millions of decimal numbers."""
-    body: dict[str, Any] = {
-        "model": model,
-        "input": list(request.inputs),
-        "encoding_format": "base64",
-    }
+    body: dict[str, Any] = {"model": model, "input": list(request.inputs)}
+    if encoding:
+        body["encoding_format"] = encoding
     if request.dimensions:
         body["dimensions"] = request.dimensions
     return body
 
 
-def read_usage(found: Any) -> Usage | None:
-    """The usage object of an answer; None where there is none."""
+def read_usage(found: Any, timings: Any = None) -> Usage | None:
+    """The usage object of an answer, or llama.cpp's ``timings``; None where there is neither."""
     if not isinstance(found, dict):
+        if isinstance(timings, dict) and "predicted_n" in timings:
+            kept = int(timings.get("cache_n") or 0)
+            read = int(timings.get("prompt_n") or 0) + kept
+            return Usage(read, int(timings["predicted_n"]), kept)
         return None
     details = found.get("prompt_tokens_details") or {}
     return Usage(
@@ -101,21 +130,61 @@ def read_finish(found: Any) -> FinishReason | None:
 def read_delta(delta: Mapping[str, Any]) -> list[Piece]:
     """The pieces in a ``delta`` of a stream or the ``message`` of a whole answer."""
     pieces: list[Piece] = []
+    # DeepSeek, vLLM and llama.cpp have the one name, OpenRouter and newer vLLM the other.
+    thought = delta.get("reasoning_content") or delta.get("reasoning")
+    if isinstance(thought, str) and thought:
+        pieces.append(ReasoningPiece(thought))
     content = delta.get("content")
     if content:
-        pieces.append(str(content))
-    for place, call in enumerate(delta.get("tool_calls") or ()):
-        function = call.get("function") or {}
-        index = call.get("index")
-        pieces.append(
-            ToolCallPiece(
-                place if index is None else int(index),
-                str(call.get("id") or ""),
-                str(function.get("name") or ""),
-                str(function.get("arguments") or ""),
-            )
-        )
+        pieces.append(content if isinstance(content, str) else _text_of(content))
+    elif delta.get("refusal"):
+        pieces.append(str(delta["refusal"]))
+    calls = delta.get("tool_calls")
+    if calls:
+        # Older TGI servers send one call where a list belongs.
+        calls = [calls] if isinstance(calls, dict) else calls
+        pieces += [_call_piece(place, call) for place, call in enumerate(calls)]
     return pieces
+
+
+def read_logprobs(found: Any) -> list[Piece]:
+    """The probabilities of tokens in a choice's ``logprobs``."""
+    content = found.get("content") if isinstance(found, dict) else None
+    return [_logprob(each, with_alternatives=True) for each in content or ()]
+
+
+def _logprob(found: Mapping[str, Any], *, with_alternatives: bool) -> TokenLogprob:
+    coded = found.get("bytes")
+    alternatives = found.get("top_logprobs") if with_alternatives else None
+    return TokenLogprob(
+        str(found["token"]),
+        float(found["logprob"]),
+        bytes(coded) if coded else b"",
+        tuple(_logprob(each, with_alternatives=False) for each in alternatives or ()),
+    )
+
+
+def _call_piece(place: int, call: Mapping[str, Any]) -> ToolCallPiece:
+    function = call.get("function") or {}
+    index, arguments, name = call.get("index"), function.get("arguments"), function.get("name")
+    if arguments is not None and not isinstance(arguments, str):
+        # Ollama and TGI may send the arguments as an object.
+        arguments = json.dumps(arguments, separators=(",", ":"))
+    call_id = call.get("id")
+    if name and not call_id:
+        # The result of a call is told by its id; llama.cpp and Ollama may give none.
+        call_id = f"call_{uuid.uuid4().hex[:24]}"
+    return ToolCallPiece(
+        place if index is None else int(index),
+        str(call_id or ""),
+        str(name or ""),
+        arguments or "",
+    )
+
+
+def _text_of(parts: Any) -> str:
+    """The text of a content that comes in parts, as Mistral's servers send it."""
+    return "".join(str(part.get("text") or "") for part in parts if isinstance(part, dict))
 
 
 def read_vector(found: Any) -> array[float]:
@@ -153,6 +222,17 @@ def _message(message: Message) -> dict[str, Any]:
     if message.name:
         body["name"] = message.name
     return body
+
+
+def _response_format(shape: AnyJson | SchemaJson, form: SchemaForm) -> dict[str, Any]:
+    if not isinstance(shape, SchemaJson):
+        return {"type": "json_object"}
+    if form == "tgi":
+        return {"type": "json", "value": shape.schema}
+    if form == "guided":
+        return {"type": "json_object", "schema": shape.schema}
+    schema = {"name": shape.name, "schema": shape.schema, "strict": shape.strict}
+    return {"type": "json_schema", "json_schema": schema}
 
 
 def _part(part: TextPart | ImagePart) -> dict[str, Any]:

@@ -7,7 +7,8 @@ class EventParser:
     """Cuts a byte stream into the data of its events.
 
     Only ``data`` is kept: the OpenAI API uses no event names, ids or retry times. Several data
-    lines of one event are joined by line feeds; comments are dropped.
+    lines of one event are joined by line feeds; comments are dropped. A field ``error``, in which
+    older llama.cpp servers say what went wrong, counts as data with that error.
 
     Example:
         >>> EventParser(max_bytes=1 << 20).feed(b"data: one\\n\\ndata: tw")
@@ -38,6 +39,8 @@ class EventParser:
                 line = line[:-1]
             if line.startswith(b"data:"):
                 data.append(line[6:] if line[5:6] == b" " else line[5:])
+            elif line.startswith(b"error:"):
+                data.append(b'{"error":' + (line[6:].strip() or b'""') + b"}")
             elif not line and data:
                 events.append(data[0] if len(data) == 1 else b"\n".join(data))
                 data.clear()

@@ -33,6 +33,7 @@ from agent360.mesh.runtime.validation import Violations
 MAX_MESSAGES: Final = 1_000
 MAX_TOOLS: Final = 128
 MAX_STOPS: Final = 16
+MAX_TOP_LOGPROBS: Final = 20
 MAX_INPUTS: Final = 1_000
 MAX_DIMENSIONS: Final = 65_536
 _MAX_NAME_BYTES: Final = 256
@@ -271,6 +272,13 @@ def _sampling(sampling: pb.Sampling, faults: Violations) -> Sampling:
         for place, stop in enumerate(sampling.stop):
             faults.text(f"sampling.stop[{place}]", stop, max_bytes=1_024)
         given["stop"] = tuple(sampling.stop)
+    if sampling.logprobs:
+        given["logprobs"] = True
+    if sampling.top_logprobs:
+        given["top_logprobs"] = sampling.top_logprobs
+        within = sampling.top_logprobs <= MAX_TOP_LOGPROBS
+        faults.require("sampling.top_logprobs", within, f"must be at most {MAX_TOP_LOGPROBS}")
+        faults.require("sampling.logprobs", sampling.logprobs, "must be set with top_logprobs")
     return Sampling(**given)
 
 
@@ -302,7 +310,10 @@ def _hints(hints: pb.RoutingHints, faults: Violations) -> Hints:
     latency = None
     if hints.HasField("max_latency"):
         latency = faults.positive_duration("hints.max_latency", hints.max_latency)
-    return Hints(_TASK_CLASSES.get(hints.task_class), cost, latency, hints.session_id)
+    wait = None
+    if hints.HasField("queue_timeout"):
+        wait = faults.positive_duration("hints.queue_timeout", hints.queue_timeout)
+    return Hints(_TASK_CLASSES.get(hints.task_class), cost, latency, hints.session_id, wait)
 
 
 def _cache_control(
@@ -314,7 +325,7 @@ def _cache_control(
     ttl_s = None
     if control.HasField("ttl"):
         ttl_s = faults.positive_duration("cache_control.ttl", control.ttl)
-    return CacheControl(ttl_s, control.no_cache, control.no_store)
+    return CacheControl(ttl_s, control.no_cache, control.no_store, control.share)
 
 
 _DEFAULT_CACHE_CONTROL: Final = CacheControl()

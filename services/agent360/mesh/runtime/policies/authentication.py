@@ -63,6 +63,7 @@ class AuthenticationPolicy:
 
     def __init__(self, settings: TenantSettings) -> None:
         self._known = frozenset(settings.known) if settings.strict else None
+        self._reserved = frozenset(settings.reserved)
         self._proven: set[tuple[Principal, str]] = set()
 
     def before(self, group: Group) -> None:
@@ -88,6 +89,13 @@ class AuthenticationPolicy:
                 grpc.StatusCode.PERMISSION_DENIED,
                 "TENANT_NOT_ALLOWED",
                 f"key {call.principal.name!r} may not speak for tenant {call.tenant!r}",
+                metadata={"tenant": call.tenant},
+            )
+        if call.tenant in self._reserved and not (call.principal.service or call.principal.admin):
+            raise MeshError(
+                grpc.StatusCode.PERMISSION_DENIED,
+                "TENANT_RESERVED",
+                f"tenant {call.tenant!r} is nobody's (tenants.reserved); call as another tenant",
                 metadata={"tenant": call.tenant},
             )
         if self._known is not None and call.tenant not in self._known:

@@ -23,7 +23,7 @@ _TEMPLATE: Final = (
 )
 
 
-def write_tiny_gguf(path: Path, *, seed: int = 0) -> Path:
+def write_tiny_model(path: Path, *, seed: int = 0) -> Path:
     """Writes the model (about half a megabyte) and returns its path.
 
     Its vocabulary is the 256 bytes, the printable ASCII characters and three special tokens.

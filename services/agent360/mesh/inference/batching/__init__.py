@@ -1,0 +1,1 @@
+"""Batches of requests of several callers in one call of a backend."""

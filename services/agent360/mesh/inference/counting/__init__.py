@@ -1,0 +1,1 @@
+"""How many tokens a prompt has: by the model's tokenizer, its backend, or an estimate."""

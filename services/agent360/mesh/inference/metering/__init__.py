@@ -1,0 +1,1 @@
+"""What requests are charged: set aside before, settled after, written down."""

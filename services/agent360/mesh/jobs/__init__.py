@@ -1,0 +1,1 @@
+"""Jobs over files: long runs that survive a crash."""
