@@ -12,7 +12,7 @@ help:  ## print this
 $(VENV)/.installed: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
-	@$(BIN)/python -m pip install --quiet --editable '.[server,redis]' --group dev
+	@$(BIN)/python -m pip install --quiet --editable '.[server,redis,cassandra]' --group dev
 	@touch $@
 
 .PHONY: install
@@ -48,6 +48,10 @@ up: $(VENV)/.installed  ## run the mesh in the foreground
 .PHONY: demo
 demo: $(VENV)/.installed  ## stream a few hundred requests through the mesh (UPSTREAM=URL MODEL=NAME: a real model)
 	@$(BIN)/agent360-mesh demo $(if $(UPSTREAM),--upstream $(UPSTREAM)) $(if $(MODEL),--model $(MODEL))
+
+.PHONY: cassandra
+cassandra:  ## run a Cassandra of one node on port 9042 until Ctrl-C; its data stays in .cache/cassandra/node
+	@scripts/cassandra.sh run .cache/cassandra/node 9042 7000
 
 .PHONY: containers
 containers:  ## build the container images of the four services

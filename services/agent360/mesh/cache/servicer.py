@@ -87,6 +87,10 @@ class CacheServicer:
             ),
         )
 
+    def shed_memory(self, size_bytes: int) -> int:
+        """See ``ShedsMemory.shed_memory``."""
+        return self._service.shed_memory(size_bytes)
+
     async def start(self) -> None:
         """See ``Servicer.start``."""
         await self._service.start()

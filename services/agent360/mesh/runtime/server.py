@@ -7,6 +7,7 @@ import ipaddress
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final, Protocol, runtime_checkable
 
 import grpc
@@ -21,7 +22,7 @@ from agent360.client.channel import server_options
 from agent360.mesh.runtime.admin import AdminServer
 from agent360.mesh.runtime.handlers import HandlerFactory
 from agent360.mesh.runtime.interceptor import Compression, PolicyInterceptor
-from agent360.mesh.runtime.memory import tune_garbage_collection
+from agent360.mesh.runtime.memory import MemoryGuard, ShedsMemory, tune_garbage_collection
 from agent360.mesh.runtime.policies import Policies, Policy
 from agent360.mesh.runtime.policies.access import AccessPolicy
 from agent360.mesh.runtime.policies.authentication import AuthenticationPolicy, Authenticator
@@ -30,6 +31,7 @@ from agent360.mesh.runtime.policies.quota import LocalLimiter, LocalQuotaPolicy,
 from agent360.mesh.runtime.policies.shedding import SheddingPolicy
 from agent360.mesh.runtime.policies.tracing import TracingPolicy
 from agent360.mesh.runtime.red import RedTable
+from agent360.mesh.runtime.resources import ResourceMonitor
 from agent360.mesh.runtime.service import ServiceContext, Servicer
 from agent360.mesh.runtime.settings import ServerSettings
 from agent360.mesh.runtime.telemetry import Measurements, SelfReport, Tracing
@@ -100,6 +102,7 @@ class Server:
         self._tracing = Tracing(settings.tracing, settings.service)
         self._red = RedTable()
         self.registry.register(self._red)
+        self._memory = MemoryGuard(settings.memory, self.log, self.registry)
         self.ready = False
         """Whether calls are served."""
         self.port = 0
@@ -133,6 +136,10 @@ class Server:
             else self._mesh.metrics
         )
         self._report = SelfReport(self._red, measurements, self._mesh.audit, settings.service)
+        monitor = ResourceMonitor(settings.service, measurements, Path.cwd())
+        self.registry.register(monitor)
+        if isinstance(self._servicer, ShedsMemory):
+            self._memory.caches.append(self._servicer)
         policies = Policies(self._policies())
         self._handlers = HandlerFactory(settings, policies, self.log)
         self._grpc = self._build(policies)
@@ -141,7 +148,8 @@ class Server:
         self.port = self._bind(f"{settings.host}:{self._wanted(settings.port, 0)}")
         await self._grpc.start()
         await self._servicer.start()
-        self._tasks.append(asyncio.create_task(self._report.run()))
+        for watch in (self._report, monitor, self._memory):
+            self._tasks.append(asyncio.create_task(watch.run()))
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         self.ready = True
         self.log.info("serving", address=self.address, http_port=self.http_port)
@@ -215,6 +223,7 @@ class Server:
         policies += [
             self._authorization,
             DeadlinePolicy(settings.deadline),
+            self._memory,
             SheddingPolicy(settings.shedding),
         ]
         if isinstance(self._servicer, LimitsItself):

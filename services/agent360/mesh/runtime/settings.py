@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 
 class Settings(BaseModel):
@@ -91,6 +91,21 @@ class SheddingSettings(Settings):
 
     max_in_flight: int = Field(default=20_000, gt=0)
     """Calls worked on at a time; low priority is shed at 80% of it, normal at 90%."""
+
+
+class MemorySettings(Settings):
+    """How much memory the process may take. Without limits: 80% and 92% of the container's."""
+
+    soft_bytes: int = Field(default=0, ge=0)
+    """Above this caches shrink and garbage is collected; 0: from the container's limit."""
+    hard_bytes: int = Field(default=0, ge=0)
+    """Above this new calls are refused with RESOURCE_EXHAUSTED; 0: from the container's limit."""
+
+    @model_validator(mode="after")
+    def _soft_is_lower(self) -> MemorySettings:
+        if self.soft_bytes and self.hard_bytes and self.soft_bytes > self.hard_bytes:
+            raise ValueError("soft_bytes must not be above hard_bytes")
+        return self
 
 
 class QuotaSettings(Settings):
@@ -186,6 +201,8 @@ class ServerSettings(Settings):
     """Bounds of a Pipeline stream."""
     shedding: SheddingSettings = SheddingSettings()
     """When calls are refused to keep the others fast."""
+    memory: MemorySettings = MemorySettings()
+    """How much memory the process may take."""
     quota: QuotaSettings = QuotaSettings()
     """Whether the ratelimit service is asked before a call is served."""
     tracing: TracingSettings = TracingSettings()
