@@ -78,7 +78,7 @@ async def test_every_service_exposes_what_its_process_uses() -> None:
 
 async def size_bytes(mesh: Mesh) -> int:
     """What the cache holds."""
-    return sum([each.size_bytes async for each in mesh.cache.stats()])
+    return sum([each.bytes async for each in mesh.cache.stats()])
 
 
 async def scraped(port: int) -> str:
