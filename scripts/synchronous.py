@@ -20,6 +20,7 @@ CLIENTS: Final = {
     "inference": "InferenceClient",
     "metrics": "MetricsClient",
     "audit": "AuditClient",
+    "profiling": "ProfilingClient",
 }
 INTERNAL: Final = {
     "AuditClient": {"settle"},

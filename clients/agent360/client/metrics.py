@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any, Final
+from typing import Final
 
 from agent360.client.coalescer import Coalescer, Wire
 from agent360.client.context import current_scope
-from agent360.client.reporter import Reporter, SeriesKey
+from agent360.client.reporter import Reporter, Series
 from agent360.metrics.v1 import metrics_pb2
 
 WIRE: Final = Wire(
@@ -45,8 +45,8 @@ class MetricsClient:
         unit: str = "1",
     ) -> None:
         """Adds to a counter; returns at once."""
-        key = self._key(name, labels, metrics_pb2.SERIES_KIND_COUNTER, tenant, unit)
-        self._reporter.count(key, value)
+        series = self._series(name, labels, metrics_pb2.SERIES_KIND_COUNTER, tenant, unit)
+        self._reporter.count(series, value)
 
     def gauge(
         self,
@@ -58,8 +58,8 @@ class MetricsClient:
         unit: str = "",
     ) -> None:
         """Sets a gauge; returns at once."""
-        key = self._key(name, labels, metrics_pb2.SERIES_KIND_GAUGE, tenant, unit)
-        self._reporter.gauge(key, value)
+        series = self._series(name, labels, metrics_pb2.SERIES_KIND_GAUGE, tenant, unit)
+        self._reporter.gauge(series, value)
 
     def observe(
         self,
@@ -72,8 +72,23 @@ class MetricsClient:
         count: int = 1,
     ) -> None:
         """Adds ``count`` observations of ``value`` to a distribution; returns at once."""
-        key = self._key(name, labels, metrics_pb2.SERIES_KIND_DISTRIBUTION, tenant, unit)
-        self._reporter.observe(key, value, count)
+        series = self._series(name, labels, metrics_pb2.SERIES_KIND_DISTRIBUTION, tenant, unit)
+        self._reporter.observe(series, value, count)
+
+    @property
+    def dropped(self) -> int:
+        """Values that were given up because the service was away for too long."""
+        return self._reporter.dropped
+
+    @property
+    def rejected(self) -> int:
+        """Values that the service refused; ``rejections`` says why."""
+        return self._reporter.rejected
+
+    @property
+    def rejections(self) -> tuple[str, ...]:
+        """Why values were refused: the last few reasons that the service named."""
+        return tuple(self._reporter.rejections)
 
     async def flush(self) -> None:
         """Waits until everything measured so far is durable."""
@@ -125,8 +140,9 @@ class MetricsClient:
                 return
             request.page_token = page.next_page_token
 
-    def _key(
+    def _series(
         self, name: str, labels: Labels | None, kind: int, tenant: str, unit: str
-    ) -> SeriesKey:
-        rows: Any = tuple(sorted(labels.items())) if labels else ()
-        return SeriesKey(tenant or current_scope().tenant or self._tenant, name, rows, kind, unit)
+    ) -> Series:
+        rows = tuple(labels.items()) if labels else ()
+        tenant = tenant or current_scope().tenant or self._tenant
+        return self._reporter.series(tenant, name, rows, kind, unit)

@@ -32,6 +32,7 @@ from agent360.client.mesh import Addresses, Mesh
 from agent360.client.metrics import Labels, MetricsClient
 from agent360.client.near import NearCache, NearStats
 from agent360.client.portal import Portal, SyncAnswerStream, SyncResults
+from agent360.client.profiling import Format, Kind, ProfileFile, ProfilingClient
 from agent360.client.ratelimit import RateLimitClient
 from agent360.client.serializers import UNCHANGED, Serializer
 from agent360.client.session import Bounds
@@ -1166,6 +1167,48 @@ class SyncAuditClient:
         )
 
 
+class SyncProfilingClient:
+    """Profiles one of the services; for admins.
+
+    Example:
+        >>> profile = mesh.profiling.profile("inference", "cpu", seconds=10)
+        >>> Path("inference.speedscope.json").write_bytes(profile.content)
+    """
+
+    def __init__(self, client: ProfilingClient, portal: Portal) -> None:
+        """``SyncMesh.profiling`` is one.
+
+        Args:
+            client: makes the calls.
+            portal: runs them.
+        """
+        self._client = client
+        self._portal = portal
+
+    def profile(
+        self,
+        service: str,
+        kind: Kind = "cpu",
+        *,
+        seconds: float = 10.0,
+        output: Format = "speedscope",
+    ) -> ProfileFile:
+        """Profiles a replica of a service for a while.
+
+        Args:
+            service: inference, cache, ratelimit or metrics.
+            kind: what is looked at.
+            seconds: for how long, at most 60.
+            output: how the profile is written.
+
+        Raises:
+            ValueError: there is no such service, kind or output.
+            MeshError: PERMISSION_DENIED, if the caller is no admin; RESOURCE_EXHAUSTED, while
+                another profile is made; or the service could not be asked.
+        """
+        return self._portal.run(self._client.profile(service, kind, seconds=seconds, output=output))
+
+
 class SyncMesh:
     """A Mesh whose calls block; it may be shared by threads.
 
@@ -1179,6 +1222,7 @@ class SyncMesh:
         inference: the inference service.
         metrics: measurements: reported in the background, and queried.
         audit: audit events.
+        profiling: profiles of running services.
     """
 
     def __init__(self, mesh: Mesh, portal: Portal) -> None:
@@ -1195,6 +1239,7 @@ class SyncMesh:
         self.inference = SyncInferenceClient(mesh.inference, portal)
         self.metrics = SyncMetricsClient(mesh.metrics, portal)
         self.audit = SyncAuditClient(mesh.audit, portal)
+        self.profiling = SyncProfilingClient(mesh.profiling, portal)
 
     @classmethod
     def connect(

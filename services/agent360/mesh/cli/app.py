@@ -9,6 +9,7 @@ import secrets
 import signal
 import sys
 import threading
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -38,6 +39,16 @@ Assignments = Annotated[
     list[str] | None,
     typer.Option("--set", help="A setting by its dotted path, such as deadline.default_s=5."),
 ]
+
+
+class ProfileKind(StrEnum):
+    """What a profile looks at."""
+
+    CPU = "cpu"
+    MEMORY = "memory"
+    IO = "io"
+
+
 Service = Annotated[str, typer.Argument(help=f"One of {', '.join(sorted(NAMES))}.")]
 
 
@@ -144,6 +155,33 @@ def health(
     status, serving = asyncio.run(probe(address, service, timeout, ca))
     typer.echo(f"{address} {status}")
     raise typer.Exit(0 if serving else 1)
+
+
+@app.command()
+def profile(
+    service: Service,
+    seconds: Annotated[float, typer.Option(help="For how long, at most 60.")] = 10.0,
+    kind: Annotated[
+        ProfileKind,
+        typer.Option(help="cpu: where time goes; memory: allocations; io: the event loop."),
+    ] = ProfileKind.CPU,
+    file: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write; default: by its subject.")
+    ] = None,
+    html: Annotated[bool, typer.Option(help="A page instead of JSON for speedscope.")] = False,
+    opened: Annotated[
+        bool, typer.Option("--open", help="Show it in a browser, as a page.")
+    ] = False,
+    ca: Annotated[
+        Path | None, typer.Option(envvar="AGENT360_CA", help="PEM file to trust; TLS is used.")
+    ] = None,
+) -> None:
+    """Profile a running service; its address is AGENT360_<SERVICE>_ADDRESS or the default."""
+    from agent360.mesh.cli.profile import run_profile
+
+    output: Any = "html" if html or opened else "speedscope"
+    code = run_profile(service, kind.value, seconds, output, file, ca=ca, opened=opened)
+    raise typer.Exit(code)
 
 
 @app.command("config")

@@ -30,6 +30,7 @@ from agent360.mesh.runtime.policies.deadline import DeadlinePolicy
 from agent360.mesh.runtime.policies.quota import LocalLimiter, LocalQuotaPolicy, RemoteQuotaPolicy
 from agent360.mesh.runtime.policies.shedding import SheddingPolicy
 from agent360.mesh.runtime.policies.tracing import TracingPolicy
+from agent360.mesh.runtime.profiling import ProfilingServicer
 from agent360.mesh.runtime.red import RedTable
 from agent360.mesh.runtime.resources import ResourceMonitor
 from agent360.mesh.runtime.service import ServiceContext, Servicer
@@ -140,6 +141,10 @@ class Server:
         self.registry.register(monitor)
         if isinstance(self._servicer, ShedsMemory):
             self._memory.caches.append(self._servicer)
+        self._definitions = (
+            *self._servicer.definitions,
+            ProfilingServicer(settings.service, self.log).definition,
+        )
         policies = Policies(self._policies())
         self._handlers = HandlerFactory(settings, policies, self.log)
         self._grpc = self._build(policies)
@@ -244,7 +249,7 @@ class Server:
         compressed = settings.compression != "none"
         lasting = {
             f"/{definition.descriptor.full_name}/{method}"
-            for definition in self._servicer.definitions
+            for definition in self._definitions
             for method in _NOT_CALLS | definition.long_lived
         }
         server = grpc.aio.server(
@@ -262,7 +267,7 @@ class Server:
                     log=self.log,
                     default_tenants={
                         f"/{each.descriptor.full_name}/{method.name}": each.default_tenant
-                        for each in self._servicer.definitions
+                        for each in self._definitions
                         if each.default_tenant
                         for method in each.descriptor.methods
                     },
@@ -270,10 +275,10 @@ class Server:
             ],
             options=server_options(settings.max_message_bytes),
         )
-        for definition in self._servicer.definitions:
+        for definition in self._definitions:
             server.add_generic_rpc_handlers((self._handlers.generic_handler(definition),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        names = [definition.descriptor.full_name for definition in self._servicer.definitions]
+        names = [definition.descriptor.full_name for definition in self._definitions]
         if settings.channelz:
             channelz.add_channelz_servicer(server)
             names.append("grpc.channelz.v1.Channelz")
@@ -307,7 +312,7 @@ class Server:
         return self.settings.default_port + offset
 
     async def _set_health(self, status: Any) -> None:
-        for name in ("", *(d.descriptor.full_name for d in self._servicer.definitions)):
+        for name in ("", *(d.descriptor.full_name for d in self._definitions)):
             await self._health.set(name, status)
 
 
