@@ -12,7 +12,7 @@ help:  ## print this
 $(VENV)/.installed: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
-	@$(BIN)/python -m pip install --quiet --editable '.[server,redis,cassandra]' --group dev
+	@$(BIN)/python -m pip install --quiet --editable '.[server,redis,cassandra,top]' --group dev
 	@touch $@
 
 .PHONY: install

@@ -184,6 +184,25 @@ def profile(
     raise typer.Exit(code)
 
 
+@app.command()
+def top(
+    window: Annotated[
+        float, typer.Option(min=10, help="Rates are means over so many seconds.")
+    ] = 60,
+    every: Annotated[float, typer.Option(min=0.5, help="Seconds between looks.")] = 2,
+    tenant: Annotated[str, typer.Option(help="Whose figures; *: all tenants', for admins.")] = "*",
+    once: Annotated[bool, typer.Option("--once", help="Print one look instead.")] = False,
+    ca: Annotated[
+        Path | None, typer.Option(envvar="AGENT360_CA", help="PEM file to trust; TLS is used.")
+    ] = None,
+) -> None:
+    """Show what the mesh is doing: traffic, errors, latency, tokens, cost, denials, alerts."""
+    from agent360.mesh.cli.top.command import run_top
+
+    code = run_top(window_s=window, every_s=every, tenant=tenant, ca=ca, once=once)
+    raise typer.Exit(code)
+
+
 @app.command("config")
 def show_config(
     service: Annotated[str, typer.Argument(help="One service; empty: all.")] = "",
