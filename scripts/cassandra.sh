@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs a real Apache Cassandra of one node on loopback: `install` fetches it, `run DIRECTORY PORT STORAGE_PORT` starts it in
-# the foreground until it is told to end (Ctrl-C), with its data in DIRECTORY. Needs Java 11 or 17, and Maven to install.
+# Runs a real Apache Cassandra of one node on loopback: `install` fetches it, `run DIRECTORY PORT STORAGE_PORT [JAVA FLAG...]`
+# starts it in the foreground until it is told to end (Ctrl-C), with its data in DIRECTORY. Needs Java 11 or 17, and Maven to install.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 home=.cache/cassandra
@@ -38,6 +38,8 @@ cdc_raw_directory: "$1/cdc"
 commitlog_sync: batch
 commitlog_segment_size: 8MiB
 commitlog_disk_access_mode: legacy
+# Tests make many small tables.
+memtable_allocation_type: unslabbed_heap_buffers
 # Tests drop tables and keyspaces: no snapshot of each.
 auto_snapshot: false
 YAML
@@ -63,11 +65,11 @@ run() {
   exec java "${flags[@]}" -Djdk.attach.allowAttachSelf=true -Xms384m -Xmx384m -XX:+ExitOnOutOfMemoryError -XX:TieredStopAtLevel=1 \
     "-Dcassandra.config=file://$directory/conf/cassandra.yaml" "-Dcassandra.storagedir=$directory" \
     -Dcassandra.ring_delay_ms=1 -Dcassandra.skip_wait_for_gossip_to_settle=0 -Dcassandra.superuser_setup_delay_ms=0 \
-    -cp "$directory/conf:$PWD/$home/lib/*" org.apache.cassandra.service.CassandraDaemon
+    "${@:4}" -cp "$directory/conf:$PWD/$home/lib/*" org.apache.cassandra.service.CassandraDaemon
 }
 
 case "${1:-}" in
   install) install ;;
-  run) install && run "$2" "$3" "$4" ;;
-  *) echo "usage: scripts/cassandra.sh install | run DIRECTORY PORT STORAGE_PORT" >&2; exit 2 ;;
+  run) install && run "${@:2}" ;;
+  *) echo "usage: scripts/cassandra.sh install | run DIRECTORY PORT STORAGE_PORT [JAVA FLAG...]" >&2; exit 2 ;;
 esac

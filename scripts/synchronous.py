@@ -20,6 +20,7 @@ CLIENTS: Final = {
     "inference": "InferenceClient",
     "metrics": "MetricsClient",
     "audit": "AuditClient",
+    "logs": "LogsClient",
     "profiling": "ProfilingClient",
 }
 INTERNAL: Final = {

@@ -29,6 +29,7 @@ DROPPED: Final = "mesh_dropped_samples"
 """Counter of each tenant: measurements of it that were given up by its reporters."""
 
 _MESSAGE_ROWS: Final = 10_000
+_MESSAGE_SERIES: Final = 500
 _SOON_ROWS: Final = 50_000
 _MAX_KNOWN: Final = 20_000
 _MAX_REFS: Final = 500_000
@@ -146,16 +147,16 @@ class Reporter:
 
     def gauge(self, series: Series, value: float) -> None:
         """Sets a gauge."""
-        series.values = [value]
+        series.values = [value + 0.0]
         if not series.waits:
             self._await_gathering(series)
 
     def observe(self, series: Series, value: float, count: int) -> None:
         """Adds observations of one value to a distribution."""
         if count == 1:
-            series.values.append(value)
+            series.values.append(value + 0.0)  # what is not a number fails here, not later
         else:
-            series.counts[value] = series.counts.get(value, 0) + count
+            series.counts[value + 0.0] = series.counts.get(value, 0) + count
         self._buffered += 1
         if not series.waits or self._buffered >= _SOON_ROWS:
             self._await_gathering(series)
@@ -187,7 +188,11 @@ class Reporter:
     def _make_series(self, key: SeriesKey) -> Series:
         if len(self._known) >= _MAX_KNOWN:
             self._known = {known.key: known for known in self._waiting}
-        made = self._known[key] = Series(key)
+        labels = tuple((str(label), str(value)) for label, value in key.labels)
+        sent = key._replace(labels=labels)
+        # What cannot be written fails here, where it was given, and not in the background.
+        "".join((key.tenant, key.name, key.unit, *map("".join, labels))).encode()
+        made = self._known[key] = Series(sent)
         return made
 
     def _await_gathering(self, series: Series) -> None:
@@ -213,7 +218,7 @@ class Reporter:
             values, counts = series.gather()
             for begin in range(0, len(values), _MESSAGE_ROWS):
                 part = values[begin : begin + _MESSAGE_ROWS]
-                if rows + len(part) > _MESSAGE_ROWS:
+                if rows + len(part) > _MESSAGE_ROWS or len(columns) >= _MESSAGE_SERIES:
                     self._enqueue(time_s, columns, rows)
                     columns, rows = [], 0
                 columns.append((series.key, part, counts[begin : begin + _MESSAGE_ROWS]))

@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from agent360.mesh.cli.audit import audit
 from agent360.mesh.cli.bench import bench
 from agent360.mesh.runtime.config import ConfigError, describe, load
 from agent360.mesh.runtime.policies.authentication import hash_key
@@ -31,6 +32,7 @@ app = typer.Typer(
 keys = typer.Typer(help="API keys.", no_args_is_help=True)
 app.add_typer(keys, name="keys")
 app.add_typer(bench, name="bench")
+app.add_typer(audit, name="audit")
 
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="TOML file with a table for each service.")
@@ -47,6 +49,16 @@ class ProfileKind(StrEnum):
     CPU = "cpu"
     MEMORY = "memory"
     IO = "io"
+
+
+class LogLevel(StrEnum):
+    """The least level of what is printed."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+    CRITICAL = "critical"
 
 
 Service = Annotated[str, typer.Argument(help=f"One of {', '.join(sorted(NAMES))}.")]
@@ -71,8 +83,8 @@ def serve(
     assignments: Assignments = None,
 ) -> None:
     """Run one service until SIGTERM."""
+    from agent360.mesh.runtime.logs import configure_logging
     from agent360.mesh.runtime.server import Server
-    from agent360.mesh.runtime.telemetry import configure_logging
 
     flags = parse_assignments(assignments)
     for name, value in (("host", host), ("port", port), ("http_port", http_port)):
@@ -83,7 +95,7 @@ def serve(
     kind = _kind(service)
     try:
         settings = load(kind.settings, config=config, flags=flags).settings
-        configure_logging(settings.log)
+        configure_logging(settings.log, settings.redaction, settings.service)
         server = Server(settings, kind.servicer)
     except (ConfigError, ValueError) as error:
         fail(str(error))
@@ -201,6 +213,35 @@ def top(
 
     code = run_top(window_s=window, every_s=every, tenant=tenant, ca=ca, once=once)
     raise typer.Exit(code)
+
+
+@app.command()
+def logs(
+    service: Annotated[str, typer.Option(help="Of one service; empty: of all.")] = "",
+    level: Annotated[LogLevel | None, typer.Option(help="The least level.")] = None,
+    since: Annotated[str, typer.Option(help="How far back: 90s, 15m, 1h, 2d.")] = "1h",
+    tenant: Annotated[str, typer.Option(help="Whose; *: all tenants', which is for admins.")] = "*",
+    pattern: Annotated[str, typer.Option(help="With this pattern.")] = "",
+    trace: Annotated[str, typer.Option(help="Of this trace.")] = "",
+    limit: Annotated[int, typer.Option(min=1, help="How many at most, the latest.")] = 200,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on with those to come.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON lines.")] = False,
+    ca: Annotated[
+        Path | None, typer.Option(envvar="AGENT360_CA", help="PEM file to trust; TLS is used.")
+    ] = None,
+) -> None:
+    """Print what the services logged at warning and above, and a sample of the rest."""
+    from agent360.mesh.cli.logs import Wanted, read_duration, run_logs
+
+    try:
+        span = read_duration(since)
+    except ValueError as error:
+        fail(f"--since: {error}")
+    least: Any = level.value if level else None
+    wanted = Wanted(span, tenant, service, least, pattern, trace, limit)
+    raise typer.Exit(run_logs(wanted, ca=ca, follow=follow, as_json=as_json))
 
 
 @app.command("config")

@@ -26,7 +26,7 @@ from agent360.mesh.ratelimit.wire import (
     usage_message,
     write_decision,
 )
-from agent360.mesh.runtime.call import Call, Emit, Item
+from agent360.mesh.runtime.call import MESH_TENANT, Call, Emit, Item
 from agent360.mesh.runtime.pages import (
     decode_page_token,
     encode_page_token,
@@ -34,7 +34,6 @@ from agent360.mesh.runtime.pages import (
     read_mask,
 )
 from agent360.mesh.runtime.service import ServiceContext, ServiceDefinition
-from agent360.mesh.runtime.telemetry import MESH_TENANT
 from agent360.mesh.runtime.validation import Violations, set_duration
 from agent360.ratelimit.v1 import ratelimit_pb2 as pb
 

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 
+class Readiness(NamedTuple):
+    """Whether calls should be sent here."""
+
+    ready: bool
+    hindrance: str = ""
+    """What hampers the service, though it may be ready; shown to everybody."""
+
+
 class AdminServer:
     """Serves /metrics, /healthz and /readyz."""
 
-    def __init__(self, registry: CollectorRegistry, is_ready: Callable[[], bool]) -> None:
+    def __init__(self, registry: CollectorRegistry, readiness: Callable[[], Readiness]) -> None:
         self._registry = registry
-        self._is_ready = is_ready
+        self._readiness = readiness
         self._runner: web.AppRunner | None = None
         self.port = 0
         """The port in use, once started."""
@@ -45,6 +54,6 @@ class AdminServer:
         return web.Response(text="ok\n")
 
     async def _readyz(self, _: web.Request) -> web.Response:
-        if self._is_ready():
-            return web.Response(text="ready\n")
-        return web.Response(status=503, text="not ready\n")
+        ready, hindrance = self._readiness()
+        text = ("ready" if ready else "not ready") + (f": {hindrance}" if hindrance else "")
+        return web.Response(status=200 if ready else 503, text=f"{text}\n")

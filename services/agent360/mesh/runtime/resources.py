@@ -21,7 +21,8 @@ from prometheus_client.core import (
 )
 from prometheus_client.metrics_core import Metric
 
-from agent360.mesh.runtime.telemetry import MESH_TENANT, Measurements
+from agent360.mesh.runtime.call import MESH_TENANT
+from agent360.mesh.runtime.telemetry import Measurements
 
 LAG_EVERY_S: Final = 0.1
 """How often the event loop is asked how late it is."""

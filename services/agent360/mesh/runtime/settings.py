@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 
 class Settings(BaseModel):
@@ -128,6 +129,30 @@ class TracingSettings(Settings):
     """Share of untraced unary calls that start a trace; sampled callers are always followed."""
 
 
+class LogShippingSettings(Settings):
+    """Which log records go to the metrics service."""
+
+    enabled: bool = True
+    """Whether any do: those of level warning and above, and a share of the others."""
+    share: float = Field(default=0.05, ge=0, le=1)
+    """Share of the records below warning."""
+    max_waiting: int = Field(default=10_000, gt=0)
+    """Records that may wait; further ones are dropped and counted."""
+
+
+class LogSamplingSettings(Settings):
+    """How often a pattern of log records is written."""
+
+    first: int = Field(default=100, ge=1)
+    """Records of a pattern in an interval that are all written."""
+    then_every: int = Field(default=100, ge=1)
+    """Of further ones, one of so many is."""
+    interval_s: float = Field(default=10.0, gt=0)
+    """The interval, in seconds."""
+    max_patterns: int = Field(default=500, ge=1)
+    """Patterns that are told apart; further ones count as ``other``."""
+
+
 class LogSettings(Settings):
     """Logs."""
 
@@ -139,6 +164,43 @@ class LogSettings(Settings):
     """Which calls are logged: none, those that failed or were slow, or all."""
     slow_s: float = Field(default=5.0, gt=0)
     """A call that took this long is slow, in seconds."""
+    sampling: LogSamplingSettings = LogSamplingSettings()
+    """How often a pattern of records is written."""
+    shipping: LogShippingSettings = LogShippingSettings()
+    """Which records go to the metrics service."""
+
+
+class RedactionSettings(Settings):
+    """What is taken out of logs and audit events before they are written."""
+
+    names: tuple[str, ...] = (
+        "*password*",
+        "*passwd*",
+        "*passphrase*",
+        "*secret*",
+        "*api_key*",
+        "*private_key*",
+        "*credential*",
+        "*authorization*",
+        "token",
+        "*_token",
+        "cookie",
+        "set_cookie",
+    )
+    """Names of fields, of parameters in URLs and of what texts assign; ``*`` is any part of a name,
+    upper and lower case are the same, as are ``api_key``, ``api-key`` and ``apiKey``."""
+    values: tuple[str, ...] = (r"\ba360_[\w-]{16,}", r"\bsk-[\w-]{16,}")
+    """Regular expressions of what is secret wherever it stands."""
+
+    @field_validator("values")
+    @classmethod
+    def _compile(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        for value in values:
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"{value!r} is not a regular expression: {error}") from error
+        return values
 
 
 class MeshAddresses(Settings):
@@ -209,5 +271,7 @@ class ServerSettings(Settings):
     """OpenTelemetry tracing."""
     log: LogSettings = LogSettings()
     """Logs."""
+    redaction: RedactionSettings = RedactionSettings()
+    """What is taken out of logs and audit events."""
     mesh: MeshAddresses = MeshAddresses()
     """Where the other services are."""

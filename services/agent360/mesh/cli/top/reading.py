@@ -110,13 +110,13 @@ class BoardReader:
         found: dict[tuple[str, ...], float] = defaultdict(float)
         for group in await self._groups(request, missing):
             key = tuple(group.labels.get(label, "") for label in labels)
-            found[key] += sum(point.value for point in group.points)
+            found[key] += sum(group.values)
         return found
 
     async def _means(self, name: str, label: str, missing: list[str]) -> Mapping[str, float]:
         request = self._query(name, pb.AGGREGATION_MEAN, (label,))
         groups = await self._groups(request, missing)
-        return {group.labels.get(label, ""): group.points[-1].value for group in groups}
+        return {group.labels.get(label, ""): group.values[-1] for group in groups if group.values}
 
     async def _quantiles(
         self, name: str, label: str, missing: list[str]
@@ -124,7 +124,11 @@ class BoardReader:
         request = self._query(name, pb.AGGREGATION_QUANTILES, (label,))
         request.quantiles.extend(_QUANTILES)
         groups = await self._groups(request, missing)
-        return {group.labels.get(label, ""): tuple(group.points[-1].quantiles) for group in groups}
+        return {
+            group.labels.get(label, ""): tuple(group.quantiles[-len(_QUANTILES) :])
+            for group in groups
+            if group.quantiles
+        }
 
     async def _alerts(self, missing: list[str]) -> tuple[AlertRow, ...]:
         try:

@@ -9,13 +9,12 @@ import grpc
 import structlog
 
 from agent360.client.errors import InvalidRequestError, MeshError, Violation
-from agent360.mesh.runtime.call import Call
+from agent360.mesh.runtime.call import MESH_TENANT, Call
 from agent360.mesh.runtime.profiling.allocations import profile_allocations
 from agent360.mesh.runtime.profiling.cpu import profile_cpu
 from agent360.mesh.runtime.profiling.stacks import Profile
 from agent360.mesh.runtime.profiling.waits import profile_waits
 from agent360.mesh.runtime.service import ServiceDefinition
-from agent360.mesh.runtime.telemetry import MESH_TENANT
 from agent360.profiling.v1 import profiling_pb2 as pb
 
 MAX_SECONDS: Final = 60.0
