@@ -2,24 +2,31 @@
 
 import json
 import sys
+from typing import Any
 
 import grpc
 from envoy.extensions.common.ratelimit.v3 import ratelimit_pb2
 from envoy.service.ratelimit.v3 import rls_pb2, rls_pb2_grpc
+from envoy.type.v3 import ratelimit_unit_pb2
 from google.protobuf.json_format import MessageToDict
 
 
 def descriptor(
-    entries: dict[str, str], hits: int | None = None
+    entries: dict[str, str] | list[list[str]],
+    hits: int | None = None,
+    limit: list[Any] | None = None,
 ) -> ratelimit_pb2.RateLimitDescriptor:
+    pairs = entries.items() if isinstance(entries, dict) else entries
     made = ratelimit_pb2.RateLimitDescriptor(
         entries=[
-            ratelimit_pb2.RateLimitDescriptor.Entry(key=key, value=value)
-            for key, value in entries.items()
+            ratelimit_pb2.RateLimitDescriptor.Entry(key=key, value=value) for key, value in pairs
         ]
     )
     if hits is not None:
         made.hits_addend.value = hits
+    if limit is not None:
+        made.limit.requests_per_unit = limit[0]
+        made.limit.unit = ratelimit_unit_pb2.RateLimitUnit.Value(limit[1])
     return made
 
 
@@ -33,8 +40,10 @@ with grpc.insecure_channel(sys.argv[1]) as channel:
             descriptors=[descriptor(*each) for each in asked["descriptors"]],
         )
         try:
-            response = stub.ShouldRateLimit(request, timeout=10)
+            metadata = tuple(asked.get("metadata", {}).items())
+            response = stub.ShouldRateLimit(request, timeout=10, metadata=metadata)
         except grpc.RpcError as error:
-            print(json.dumps({"error": error.code().name}), flush=True)
+            answer = {"error": error.code().name, "details": error.details()}
+            print(json.dumps(answer), flush=True)
         else:
             print(json.dumps(MessageToDict(response)), flush=True)

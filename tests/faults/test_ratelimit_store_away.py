@@ -205,3 +205,40 @@ async def test_leases_never_exceed_the_limit_when_a_replica_and_a_client_are_kil
             left = (await mesh.ratelimit.check("leased", hits=0)).remaining
             assert allowed + left <= 1_000
             assert allowed + left > 700, "only what was under way when a replica died is lost"
+
+
+async def test_a_call_with_a_quota_of_its_own_has_one_time_to_answer(
+    redis: RedisServer, tmp_path: Path
+) -> None:
+    file = tmp_path / "quota.toml"
+    file.write_text(
+        LIMITS
+        + """
+[[limits]]
+id = "own"
+name = "agent360.ratelimit.v1.RateLimitService/*"
+amount = 100000
+period = "10h"
+"""
+    )
+    answer_s = 0.4
+    patient = {"timeout_s": 5, "wait_timeout_s": 5}
+    async with (
+        running(
+            "ratelimit", store=redis.url, limits=file, answer_s=answer_s, redis=patient
+        ) as server,
+        Mesh.connect(ratelimit=server.address, tenant="acme", api_key="") as mesh,
+    ):
+        assert not (await mesh.ratelimit.check("open")).degraded
+        assert (await mesh.ratelimit.get_usage("own")).used > 0
+        redis.pause()
+        try:
+            for _ in range(2):
+                decision, took = await timed(mesh, "open")
+                assert decision.degraded
+                assert took < 1.6 * answer_s, "not twice the time"
+            began = time.monotonic()
+            assert (await mesh.ratelimit.reserve("tokens", 5)).decision.degraded
+            assert time.monotonic() - began < 1.6 * answer_s
+        finally:
+            redis.resume()

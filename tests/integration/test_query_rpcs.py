@@ -10,9 +10,17 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from support.polling import eventually_async
 from support.servers import connected, running
 
-from agent360.client import InvalidRequestError, LabelMatch, Mesh, MeshError, metric_query
+from agent360.client import (
+    InvalidRequestError,
+    LabelMatch,
+    Mesh,
+    MeshError,
+    alert_rule,
+    metric_query,
+)
 from agent360.client.channel import open_channel
 from agent360.client.errors import from_rpc_error
 from agent360.mesh.metrics.queries.query import Group
@@ -73,6 +81,10 @@ async def rpc(server: Server, method: str, request: Any, key: str, tenant: str =
             raise from_rpc_error(error) from None
 
 
+async def firing(mesh: Mesh) -> bool:
+    return len([alert async for alert in mesh.metrics.list_alerts()]) == 1
+
+
 def forms() -> dict[str, Any]:
     """Every way to ask about the calls of tenants."""
     everyone = pb.LabelMatcher(label="tenant", operator=pb.MATCH_OPERATOR_REGEX, value=".*")
@@ -99,6 +111,7 @@ def forms() -> dict[str, Any]:
         request = pb.WatchRequest(query=pb.QueryRequest(**fields))
         found[f"watch {name}"] = ("Watch", request)
     found |= {
+        "alerts": ("ListAlerts", pb.ListAlertsRequest()),
         "list": ("ListSeries", pb.ListSeriesRequest()),
         "list by name": ("ListSeries", pb.ListSeriesRequest(name="calls")),
         "list by tenant": ("ListSeries", pb.ListSeriesRequest(matchers=[everyone])),
@@ -112,7 +125,12 @@ def forms() -> dict[str, Any]:
 
 
 async def test_no_form_of_asking_shows_another_tenants_series() -> None:
-    async with two_tenants() as server:
+    async with two_tenants(alerts={"evaluate_every_s": 0.05}) as server:
+        for tenant in ("acme", "globex"):
+            async with client(server, tenant) as mesh:
+                seen = metric_query("calls", "sum", group_by=["owner", "tenant"])
+                await mesh.metrics.set_alert_rule(alert_rule("any", seen, ">", 0, window=STEP * 60))
+                await eventually_async(lambda: firing(mesh))
         for name, (method, request) in forms().items():
             for key, tenant in (("acme", ""), ("both", "acme"), ("all", "acme")):
                 answer = await rpc(server, method, request, key, tenant)

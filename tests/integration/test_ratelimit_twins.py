@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,13 +13,17 @@ from hypothesis import strategies as st
 from support.redis_servers import RedisServer
 
 from agent360.client.errors import MeshError
+from agent360.mesh.ratelimit.deadline import Deadline
 from agent360.mesh.ratelimit.domain import Ask, LocalDomain
 from agent360.mesh.ratelimit.limiter import Limiter
 from agent360.mesh.ratelimit.limits import Algorithm, Limit, LimitSet
+from agent360.mesh.ratelimit.replica_leases import ReplicaLeases
 from agent360.mesh.ratelimit.shared_domain import SharedDomain
-from agent360.mesh.ratelimit.stores.redis import RedisStore
+from agent360.mesh.ratelimit.shared_usage import SharedUsage
+from agent360.mesh.ratelimit.stores.redis import RedisStore, RedisUsageTable
 from agent360.mesh.ratelimit.stores.redis import store as store_module
 from agent360.mesh.ratelimit.stores.redis.scripts import script_source
+from agent360.mesh.ratelimit.stores.redis.timeline import Timeline
 from agent360.mesh.ratelimit.windows import Calendar
 from agent360.mesh.runtime.redis import Redis, RedisSettings
 
@@ -32,6 +37,10 @@ LIMITS = [
     Limit("slots", 4, name="*", algorithm=Algorithm.CONCURRENCY),
     Limit("user-slots", 2, name="b*", per=("tenant", "user"), algorithm=Algorithm.CONCURRENCY),
 ]  # fmt: skip
+
+RECORDS_KEPT_S = 1e6
+HOUR_US = 3_600_000_000
+BRIDGED_US = 60_000_000
 
 CLOCKED = script_source().replace(
     "local t = redis.call('TIME')\nlocal now = t[1] * 1000000 + t[2]",
@@ -51,9 +60,22 @@ operations = st.one_of(
     st.tuples(st.just("acquire"), names, users, st.integers(1, 3), st.integers(1, 4_000)),
     st.tuples(st.just("renew"), st.integers(0, 5), st.integers(1, 4_000)),
     st.tuples(st.just("release"), st.integers(0, 5)),
-)
-pauses = st.one_of(st.just(0), st.integers(0, 4_000_000), st.integers(-30_000_000, -1))
+    st.tuples(st.just("mistake"), st.sampled_from(["reserve", "lease", "acquire"]),
+              st.sampled_from(["settle", "return", "renew", "release"]), st.integers(0, 5)),
+    st.tuples(st.just("change"), st.integers(1, 9)),
+    st.tuples(st.just("step"), st.integers(-30_000_000, 30_000_000)),
+)  # fmt: skip
+pauses = st.one_of(st.just(0), st.integers(0, 4_000_000), st.integers(0, 20 * HOUR_US))
 histories = st.lists(st.tuples(pauses, operations), min_size=1, max_size=40)
+
+
+def changed(amount: int) -> LimitSet:
+    """The limits, those of rates with another amount."""
+    slots = Algorithm.CONCURRENCY
+    return LimitSet(
+        limit if limit.algorithm is slots else replace(limit, amount=amount, burst=0)
+        for limit in LIMITS
+    )
 
 
 class Player:
@@ -67,7 +89,13 @@ class Player:
         kind, *rest = operation
         if kind in ("check", "reserve", "lease", "acquire"):
             return await self._ask(kind, *rest)
-        ids = self._ids[{"settle": "reserve", "return": "lease"}.get(kind, "acquire")]
+        if kind == "change":
+            self._domain.replace_limits(changed(rest[0]))
+            return None
+        made_by = {"settle": "reserve", "return": "lease"}.get(kind, "acquire")
+        if kind == "mistake":
+            made_by, kind, *rest = (*rest, 9)
+        ids = self._ids[made_by]
         if rest[0] >= len(ids) or not ids[-1 - rest[0]]:
             return None
         record_id = ids[-1 - rest[0]]
@@ -121,6 +149,29 @@ def test_memory_and_redis_agree_on_every_history(monkeypatch: pytest.MonkeyPatch
                     (0, ("check", "aa", "u1", 6, True)),
                 ]
             )
+            @example(
+                [
+                    (0, ("reserve", "ab", "u1", 5, "")),
+                    (20 * HOUR_US, ("settle", 0, 9)),
+                    (0, ("check", "ab", "u1", 0, False)),
+                ]
+            )
+            @example(
+                [
+                    (0, ("reserve", "c", "u1", 3, "")),
+                    (0, ("reserve", "aa", "u1", 5, "")),
+                    (0, ("change", 1)),
+                    (0, ("settle", 0, 0)),
+                    (0, ("check", "aa", "u1", 1, False)),
+                ]
+            )
+            @example(
+                [
+                    (0, ("acquire", "ba", "u1", 2, 4_000)),
+                    (1_000_000, ("step", -30_000_000)),
+                    (3_000_000, ("acquire", "ba", "u1", 2, 4_000)),
+                ]
+            )
             @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
             @given(histories)
             def agree(history: list[tuple[int, tuple[Any, ...]]]) -> None:
@@ -144,26 +195,43 @@ class _Started:
         await self.server.__aenter__()
         self.redis = Redis(self.server.url, RedisSettings(timeout_s=5), structlog.get_logger())
         self._patch.setattr(self.redis, "now_us", lambda: self.now)
-        self.store = RedisStore(
+        await self.redis.start()
+
+    def _store(self) -> RedisStore:
+        """One that has known the time since the beginning, and does not slow it down."""
+        timeline = Timeline(lambda: self.passed_us * 1_000, pace=1.0)
+        timeline.note(self.now)
+        return RedisStore(
             self.redis, structlog.get_logger(), prefix="p", answer_s=5.0, lease_ttl_s=1.0,
-            records_kept_s=3_600.0,
+            records_kept_s=RECORDS_KEPT_S, timeline=timeline,
         )  # fmt: skip
-        await self.store.start()
 
     async def close(self) -> None:
-        await self.store.close()
+        await self.redis.close()
         await self.server.__aexit__(None, None, None)
 
     async def compare(self, history: list[tuple[int, tuple[Any, ...]]]) -> None:
         await self.server.command("FLUSHDB")
-        self.now = 1_790_000_000_000_000
+        self.now = clock = 1_790_000_000_000_000
+        self.passed_us = 0
         limits = LimitSet(LIMITS)
-        here = Limiter(limits, lambda: self.now)
-        memory = Player(LocalDomain(here))
-        shared = Player(SharedDomain(self.store, Limiter(limits, lambda: self.now)))
+        memory = Player(LocalDomain(self._limiter(limits)))
+        log = structlog.get_logger()
+        usage = SharedUsage(RedisUsageTable(self.redis, "p", log), log)
+        store = self._store()
+        leases = ReplicaLeases(store, usage)
+        domain = SharedDomain(store, self._limiter(limits), usage, leases, Deadline(5.0))
+        shared = Player(domain)
         for pause, operation in history:
-            if pause < 0 and operation[0] in ("acquire", "renew", "release"):
-                continue
+            self.passed_us += pause
             self.now += pause
-            await self.server.command("SET", "test-clock", self.now)
+            clock += pause
+            if operation[0] == "step":
+                clock = max(clock + operation[1], self.now - BRIDGED_US)
+                self.now = max(self.now, clock)
+                operation = ("check", "c", "u1", 0, False)
+            await self.server.command("SET", "test-clock", clock)
             assert await memory.play(operation) == await shared.play(operation), operation
+
+    def _limiter(self, limits: LimitSet) -> Limiter:
+        return Limiter(limits, lambda: self.now, reservations_kept_s=RECORDS_KEPT_S)

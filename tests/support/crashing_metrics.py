@@ -25,9 +25,9 @@ from agent360.mesh.metrics.ports import Commit, Stores
 from agent360.mesh.metrics.stores.sqlite import SqliteRollupStore
 from agent360.mesh.metrics.stores.sqlite.rollups import Written
 from agent360.mesh.runtime.call import Call
+from agent360.mesh.runtime.logs import configure_logging
 from agent360.mesh.runtime.server import Server
 from agent360.mesh.runtime.service import ServiceContext
-from agent360.mesh.runtime.logs import configure_logging
 
 POINTS = (
     "half a record is written",

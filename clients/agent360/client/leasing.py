@@ -155,6 +155,11 @@ class LeasePool:
                 await self.close()
                 return None
 
+    @property
+    def idle(self) -> bool:
+        """Whether it holds nothing and has asked for nothing."""
+        return not self._held and self._asking is None
+
     def ask(self, hits: int) -> asyncio.Task[None]:
         """Has tokens leased; whoever waits is told of an error."""
         task = self._asking = self._background.spawn(self._ask(hits))

@@ -278,6 +278,7 @@ class RateLimitClient:
         limit_id: str,
         *,
         counted_by: Descriptor | None = None,
+        all_tenants: bool = False,
         timeout: float | None = None,
         tenant: str | None = None,
     ) -> ratelimit_pb2.Usage:
@@ -286,10 +287,14 @@ class RateLimitClient:
         Args:
             limit_id: of the limit.
             counted_by: the facts that the limit is counted by, except the tenant.
+            all_tenants: of a limit that counts several tenants, what all of them use; for
+                operators.
             timeout: as in ``check``.
             tenant: as in ``check``.
         """
-        request = ratelimit_pb2.GetUsageRequest(limit_id=limit_id, counted_by=counted_by or {})
+        request = ratelimit_pb2.GetUsageRequest(
+            limit_id=limit_id, counted_by=counted_by or {}, all_tenants=all_tenants
+        )
         response = await self._coalescer.unary(
             "GetUsage", request, ratelimit_pb2.GetUsageResponse, timeout, tenant
         )
@@ -300,6 +305,7 @@ class RateLimitClient:
         self,
         limit_id: str = "",
         *,
+        all_tenants: bool = False,
         page_size: int = 0,
         timeout: float | None = None,
         tenant: str | None = None,
@@ -308,11 +314,15 @@ class RateLimitClient:
 
         Args:
             limit_id: only of this limit; empty: of all.
+            all_tenants: the limits that count several tenants, as all of these use them; for
+                operators.
             page_size: how many to fetch at a time; 0: the service's default.
             timeout: seconds for each page.
             tenant: as in ``check``.
         """
-        request = ratelimit_pb2.ListUsageRequest(limit_id=limit_id, page_size=page_size)
+        request = ratelimit_pb2.ListUsageRequest(
+            limit_id=limit_id, page_size=page_size, all_tenants=all_tenants
+        )
         while True:
             page = await self._coalescer.unary(
                 "ListUsage", request, ratelimit_pb2.ListUsageResponse, timeout, tenant

@@ -804,6 +804,7 @@ class SyncRateLimitClient:
         limit_id: str,
         *,
         counted_by: Descriptor | None = None,
+        all_tenants: bool = False,
         timeout: float | None = None,
         tenant: str | None = None,
     ) -> ratelimit_pb2.Usage:
@@ -812,17 +813,26 @@ class SyncRateLimitClient:
         Args:
             limit_id: of the limit.
             counted_by: the facts that the limit is counted by, except the tenant.
+            all_tenants: of a limit that counts several tenants, what all of them use; for
+                operators.
             timeout: as in ``check``.
             tenant: as in ``check``.
         """
         return self._portal.run(
-            self._client.get_usage(limit_id, counted_by=counted_by, timeout=timeout, tenant=tenant)
+            self._client.get_usage(
+                limit_id,
+                counted_by=counted_by,
+                all_tenants=all_tenants,
+                timeout=timeout,
+                tenant=tenant,
+            )
         )
 
     def list_usage(
         self,
         limit_id: str = "",
         *,
+        all_tenants: bool = False,
         page_size: int = 0,
         timeout: float | None = None,
         tenant: str | None = None,
@@ -831,12 +841,20 @@ class SyncRateLimitClient:
 
         Args:
             limit_id: only of this limit; empty: of all.
+            all_tenants: the limits that count several tenants, as all of these use them; for
+                operators.
             page_size: how many to fetch at a time; 0: the service's default.
             timeout: seconds for each page.
             tenant: as in ``check``.
         """
         return self._portal.iterate(
-            self._client.list_usage(limit_id, page_size=page_size, timeout=timeout, tenant=tenant)
+            self._client.list_usage(
+                limit_id,
+                all_tenants=all_tenants,
+                page_size=page_size,
+                timeout=timeout,
+                tenant=tenant,
+            )
         )
 
     def get_limit(

@@ -23,12 +23,14 @@ async def test_what_another_slot_denied_is_given_back_though_the_caller_is_cance
         runs.append(commands)
         await go.wait()
         rows: list[Any] = [TAKEN, DENIED] if len(commands) == 2 else [1]
-        return [msgspec.msgpack.encode([row]) for row in rows]
+        return [msgspec.msgpack.encode([row, 1_790_000_000_000_000]) for row in rows]
 
     redis: Any = SimpleNamespace(
         run=run,
         topology=SimpleNamespace(clustered=True),
-        script=lambda _: SimpleNamespace(command=lambda _, packed: msgspec.msgpack.decode(*packed)),
+        script=lambda _: SimpleNamespace(
+            command=lambda _, packed: msgspec.msgpack.decode(packed[0])
+        ),
     )
     store = RedisStore(
         redis, structlog.get_logger(), prefix="p", answer_s=5, lease_ttl_s=1, records_kept_s=1

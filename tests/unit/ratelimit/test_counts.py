@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent360.client.errors import MeshError
 from agent360.mesh.ratelimit.counters import Counter, FixedWindow, SlidingWindow, TokenBucket
 from agent360.mesh.ratelimit.limiter import Limiter
 from agent360.mesh.ratelimit.limits import Algorithm, Limit, LimitSet
@@ -80,6 +81,78 @@ def test_two_reservations_are_not_both_given_back_what_flowed_for_one() -> None:
     assert bucket.room(later) == 5
 
 
+def test_a_refund_after_the_limit_was_lowered_gives_nothing_of_others_back() -> None:
+    """At ten in ten seconds, four of the five have flowed back; at one, they would not have."""
+    bucket = TokenBucket(10, 10 * S, 10)
+    mark = bucket.take(BEGIN, 5)
+    later = BEGIN + 4 * S
+    bucket.take(later, 5)
+    bucket.resize(1, 10)
+    bucket.give_back(later, 5, mark, 5)
+    assert bucket.room(later) == 5, "of the first five one was left"
+
+
+def test_a_refund_goes_by_the_fastest_that_the_limit_was_since_the_charge() -> None:
+    bucket = TokenBucket(1, 10 * S, 10)
+    mark = bucket.take(BEGIN, 5)
+    bucket.resize(10, 10)
+    bucket.take(BEGIN + 4 * S, 5)
+    bucket.resize(1, 10)
+    bucket.give_back(BEGIN + 4 * S, 5, mark, 5)
+    assert bucket.room(BEGIN + 4 * S) == 5
+
+
+def test_a_refund_of_what_had_all_flowed_back_before_the_limit_was_lowered_is_nothing() -> None:
+    bucket = TokenBucket(10, 10 * S, 10)
+    mark = bucket.take(BEGIN, 5)
+    later = BEGIN + 6 * S
+    bucket.take(later, 5)
+    bucket.resize(1, 10)
+    bucket.give_back(later, 5, mark, 5)
+    assert bucket.room(later) == 5
+
+
+@pytest.mark.parametrize(
+    "algorithm", [Algorithm.TOKEN_BUCKET, Algorithm.SLIDING_WINDOW, Algorithm.FIXED_WINDOW]
+)
+def test_a_settle_after_the_amount_was_lowered_leaves_no_more_than_the_limit(
+    algorithm: Algorithm,
+) -> None:
+    limiter = Limiter(LimitSet([Limit("r", 100, 60.0, algorithm=algorithm)]), lambda: BEGIN)
+    plan = limiter.plan("acme", "x", {})
+    _, reservation_id = limiter.reserve("acme", "x", plan, 80, 9.0)
+    limiter.counts.replace_limits(LimitSet([Limit("r", 10, 60.0, algorithm=algorithm)]))
+    settled = limiter.settle("acme", reservation_id, 3)
+    assert (settled.adjustment, settled.remaining) == (-77, 7)
+    assert limiter.check("acme", "x", 0).remaining == 7
+
+
+def test_an_id_of_another_kind_is_refused_by_name() -> None:
+    slots = Algorithm.CONCURRENCY
+    limiter = Limiter(
+        LimitSet([Limit("r", 40, 60.0, name="x"), Limit("s", 4, name="x", algorithm=slots)]),
+        lambda: BEGIN,
+    )
+    plan, held = limiter.plan("acme", "x", {}), limiter.plan("acme", "x", {}, slots=True)
+    _, reservation_id = limiter.reserve("acme", "x", plan, 5, 9.0)
+    lease_id = limiter.lease("acme", plan, 4).lease_id
+    _, slot_id = limiter.acquire("acme", held, 2, 9.0)
+    _, free_id = limiter.acquire("acme", (), 2, 9.0)
+    for record_id, kind in ((lease_id, "a lease"), (slot_id, "slots"), (free_id, "slots")):
+        with pytest.raises(MeshError, match=f"RECORD_OF_ANOTHER_KIND.*id of {kind}"):
+            limiter.settle("acme", record_id, 0)
+    for record_id in (reservation_id, slot_id):
+        with pytest.raises(MeshError, match="RECORD_OF_ANOTHER_KIND"):
+            limiter.return_lease("acme", record_id, 1)
+    for record_id in (reservation_id, lease_id):
+        with pytest.raises(MeshError, match="RECORD_OF_ANOTHER_KIND"):
+            limiter.release("acme", record_id)
+        with pytest.raises(MeshError, match="RECORD_OF_ANOTHER_KIND"):
+            limiter.renew("acme", record_id, None)
+    assert limiter.check("acme", "x", 0).remaining == 31
+    assert limiter.settle("acme", reservation_id, 5).adjustment == 0
+
+
 def test_a_clock_that_went_back_behind_a_charge_gives_nothing_of_it_back() -> None:
     bucket = TokenBucket(10, 10 * S, 10)
     mark = bucket.take(BEGIN, 5)
@@ -131,11 +204,11 @@ def test_a_changed_amount_keeps_what_was_used_and_a_changed_period_begins_anew()
     now = [BEGIN]
     limiter = Limiter(LimitSet([Limit("r", 10, 60.0)]), lambda: now[0])
     limiter.check("acme", "x", 6)
-    limiter.replace_limits(LimitSet([Limit("r", 8, 60.0)]))
+    limiter.counts.replace_limits(LimitSet([Limit("r", 8, 60.0)]))
     assert limiter.check("acme", "x", 0).remaining == 2
-    limiter.replace_limits(LimitSet([Limit("r", 8, 30.0)]))
+    limiter.counts.replace_limits(LimitSet([Limit("r", 8, 30.0)]))
     assert limiter.check("acme", "x", 0).remaining == 8
-    limiter.replace_limits(LimitSet([]))
+    limiter.counts.replace_limits(LimitSet([]))
     assert limiter.check("acme", "x", 0).limit_id == ""
 
 

@@ -196,7 +196,7 @@ def test_what_no_limit_applies_to_is_settled_renewed_and_released_by_any_replica
 def test_a_changed_per_begins_anew() -> None:
     subject, _ = limiter(Limit("r", 10, 60.0, per=("tenant", "user")))
     assert subject.check("acme", "x", 6, facts={"user": "u"}).allowed
-    subject.replace_limits(LimitSet([Limit("r", 10, 60.0, per=("tenant", "model"))]))
+    subject.counts.replace_limits(LimitSet([Limit("r", 10, 60.0, per=("tenant", "model"))]))
     assert subject.check("acme", "x", 0, facts={"model": "u"}).remaining == 10
     assert [each.used for each in subject.usage("acme")] == [0]
 
@@ -208,7 +208,7 @@ def test_counts_beyond_the_bound_go_when_they_are_whole_again() -> None:
         subject.check(f"t{number}", "x")
     clock.now += 5
     assert subject.check("one-more", "x").allowed
-    assert subject.generation == 1
+    assert subject.counts.generation == 1
     assert not subject.check("one-more", "x").allowed
 
 
@@ -227,7 +227,7 @@ def test_a_count_in_use_is_never_dropped_and_a_closed_limit_refuses_one_more() -
         assert subject.check(f"more-{number}", "open").allowed
         with pytest.raises(MeshError, match="COUNTS_EXHAUSTED"):
             subject.check(f"more-{number}", "closed")
-    assert subject.generation == 0
+    assert subject.counts.generation == 0
     assert not any(subject.check(f"t{number}", "open").allowed for number in range(9))
     assert subject.plan("t0", "open", {}, slots=True) == held
 

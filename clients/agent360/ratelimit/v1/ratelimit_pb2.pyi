@@ -1139,7 +1139,10 @@ Global___DeleteLimitResponse: _TypeAlias = DeleteLimitResponse  # noqa: Y015
 
 @_typing.final
 class Usage(_message.Message):
-    """How much of a limit is used."""
+    """How much of a limit is used, as all replicas of the service have seen it; what others than the answering one saw may be missing
+    for about a second. The current period is that of a fixed window, otherwise the multiple of the limit's period since 1970 that it
+    is now, and of concurrency slots the hour.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1174,15 +1177,19 @@ class Usage(_message.Message):
     limit_id: _builtins.str
     """The limit."""
     used: _builtins.int
-    """Hits, tokens or slots used in the current period."""
+    """Hits, tokens or slots that are used now: what limit lacks to be whole. Of a limit that counts several tenants: what the
+    caller's tenant was charged in the current period, or the slots that it holds; with all_tenants, what is used by all.
+    """
     remaining: _builtins.int
     """How many more would be admitted now."""
     limit: _builtins.int
     """The size of the limit."""
     denied: _builtins.int
-    """Requests denied since the answering replica started."""
+    """Requests denied since the count came into use; of a limit that counts several tenants, those of the caller's tenant. Forgotten
+    a day, or two periods if that is longer, after the count was last used.
+    """
     peak: _builtins.int
-    """The largest used value seen since the answering replica started."""
+    """The largest value of used that was seen in the current period, by a decision or by a look once a second."""
     @_builtins.property
     def counted_by(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """The facts this count is kept for, by name."""
@@ -1239,8 +1246,13 @@ class GetUsageRequest(_message.Message):
 
     LIMIT_ID_FIELD_NUMBER: _builtins.int
     COUNTED_BY_FIELD_NUMBER: _builtins.int
+    ALL_TENANTS_FIELD_NUMBER: _builtins.int
     limit_id: _builtins.str
     """The limit."""
+    all_tenants: _builtins.bool
+    """Of a limit that counts several tenants: what all of them use, in place of the tenant's share. For admins and principals that
+    may speak for every tenant.
+    """
     @_builtins.property
     def counted_by(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """The facts of the count, by name; those that the limit is counted by, except the tenant."""
@@ -1250,10 +1262,11 @@ class GetUsageRequest(_message.Message):
         *,
         limit_id: _builtins.str = ...,
         counted_by: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        all_tenants: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["counted_by", b"counted_by", "limit_id", b"limit_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_tenants", b"all_tenants", "counted_by", b"counted_by", "limit_id", b"limit_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1293,12 +1306,15 @@ class ListUsageRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     READ_MASK_FIELD_NUMBER: _builtins.int
+    ALL_TENANTS_FIELD_NUMBER: _builtins.int
     limit_id: _builtins.str
     """Only this limit. Empty: all."""
     page_size: _builtins.int
     """How many to return; zero: the default of 100; more than 1,000 are cut to that."""
     page_token: _builtins.str
     """next_page_token of the page before. Empty: the first page."""
+    all_tenants: _builtins.bool
+    """Only the limits that count several tenants, as all of these use them. For admins and principals that may speak for every tenant."""
     @_builtins.property
     def read_mask(self) -> _field_mask_pb2.FieldMask:
         """The fields of Usage to return. Absent: all."""
@@ -1310,10 +1326,11 @@ class ListUsageRequest(_message.Message):
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
         read_mask: _field_mask_pb2.FieldMask | None = ...,
+        all_tenants: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["read_mask", b"read_mask"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["limit_id", b"limit_id", "page_size", b"page_size", "page_token", b"page_token", "read_mask", b"read_mask"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_tenants", b"all_tenants", "limit_id", b"limit_id", "page_size", b"page_size", "page_token", b"page_token", "read_mask", b"read_mask"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

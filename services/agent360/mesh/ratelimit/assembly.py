@@ -10,10 +10,13 @@ from prometheus_client import CollectorRegistry
 
 from agent360.mesh.ratelimit.book import LimitBook, LimitTable, MemoryLimitTable
 from agent360.mesh.ratelimit.clock import wall_clock
+from agent360.mesh.ratelimit.deadline import Deadline
 from agent360.mesh.ratelimit.domain import Domain, LocalDomain
 from agent360.mesh.ratelimit.limiter import Limiter
+from agent360.mesh.ratelimit.replica_leases import ReplicaLeases
 from agent360.mesh.ratelimit.settings import MEMORY, RateLimitSettings
 from agent360.mesh.ratelimit.shared_domain import SharedDomain
+from agent360.mesh.ratelimit.shared_usage import SharedUsage
 from agent360.mesh.runtime.redis import Redis, RedisCollector
 
 
@@ -54,7 +57,11 @@ def assemble(
         limiter = _limiter(settings, book)
         return Assembled(LocalDomain(limiter), limiter, book, _nothing, _nothing)
     # Imported here: a service with counts of its own needs no Redis client.
-    from agent360.mesh.ratelimit.stores.redis import RedisLimitTable, RedisStore  # noqa: PLC0415
+    from agent360.mesh.ratelimit.stores.redis import (  # noqa: PLC0415
+        RedisLimitTable,
+        RedisStore,
+        RedisUsageTable,
+    )
 
     redis = Redis(settings.store, settings.redis, log)
     registry.register(RedisCollector(redis))
@@ -69,7 +76,10 @@ def assemble(
         lease_ttl_s=settings.lease_ttl_s,
         records_kept_s=settings.reservations_kept_s,
     )
-    return Assembled(SharedDomain(store, limiter), limiter, book, store.start, store.close)
+    usage = SharedUsage(RedisUsageTable(redis, settings.prefix, log), log)
+    leases = ReplicaLeases(store, usage)
+    domain = SharedDomain(store, limiter, usage, leases, Deadline(settings.answer_s))
+    return Assembled(domain, limiter, book, domain.start, domain.close)
 
 
 def _limiter(settings: RateLimitSettings, book: LimitBook) -> Limiter:

@@ -1,8 +1,9 @@
 """Counts of what was used: token bucket, sliding window, fixed window.
 
 Each has a twin in Lua beside the Redis store that does the same arithmetic. All times are whole
-microseconds since 1970, given by the caller; hits are whole numbers. Quantities stay below 2**53,
-so that Python's integers and Lua's doubles agree.
+microseconds since 1970, given by the caller; hits are whole numbers. Python's integers and Lua's
+doubles agree as long as a bucket's debt, hits x period in microseconds, stays below 2**53; beyond,
+Lua rounds to one part in 2**53.
 
 ``room`` says how many hits fit now, ``take`` charges without asking (more than fits, too: a settled
 excess) and returns a mark, ``give_back`` undoes what was charged under a mark as far as it still
@@ -55,17 +56,20 @@ class TokenBucket:
     """GCRA (ATM Forum TM 4.0): at most burst + rate x dt hits in any dt.
 
     Invariant: ``_debt`` is what was taken and has not flowed back by ``_at``, in hits times the
-    period; ``amount`` of it flow back each microsecond.
+    period; ``amount`` of it flow back each microsecond. What was taken before ``_since`` has
+    flowed back wholly; what was taken later, never faster than at ``_fastest``, whatever the
+    amount was changed to in between.
     """
 
-    __slots__ = ("_amount", "_at", "_burst", "_debt", "_period_us")
+    __slots__ = ("_amount", "_at", "_burst", "_debt", "_fastest", "_period_us", "_since")
 
     def __init__(self, amount: int, period_us: int, burst: int) -> None:
         self._amount = amount
         self._period_us = period_us
         self._burst = burst
-        self._at = 0
+        self._at = self._since = 0
         self._debt = 0
+        self._fastest = amount
 
     def room(self, now: int) -> int:
         """See ``Counter.room``."""
@@ -80,17 +84,21 @@ class TokenBucket:
     def admit(self, now: int, hits: int) -> tuple[int, int] | None:
         """See ``Counter.admit``; most requests of most services end here."""
         period_us, amount = self._period_us, self._amount
-        debt = self._debt
-        if debt:
+        owed = self._debt
+        if owed:
             elapsed = now - self._at
             if elapsed > 0:
-                debt -= elapsed * amount
-                if debt < 0:
-                    debt = 0
-        debt += hits * period_us
+                owed -= elapsed * amount
+                if owed < 0:
+                    owed = 0
+        debt = owed + hits * period_us
         left = (self._burst * period_us - debt) // period_us
         if left < 0:
             return None
+        if not owed:
+            self._since, self._fastest = now, amount
+        elif amount > self._fastest:
+            self._fastest = amount
         self._at = now
         self._debt = debt
         return left, -(-debt // amount)
@@ -99,14 +107,14 @@ class TokenBucket:
         """See ``Counter.give_back``; what has flowed back since is not given twice.
 
         All that flowed since the charge counts as its own, though debts of others may have stood
-        in front: too little may be given back, never too much. Nothing is if the clock went back
-        behind the charge.
+        in front, and at the fastest that the limit was meanwhile: too little may be given back,
+        never too much. Nothing is if the clock went back behind the charge.
         """
         self._flow(now)
-        if now < mark:
+        if now < mark or mark < self._since:
             return
         undone = min(
-            hits * self._period_us, charged * self._period_us - (now - mark) * self._amount
+            hits * self._period_us, charged * self._period_us - (now - mark) * self._fastest
         )
         if undone > 0:
             self._debt = max(0, self._debt - undone)
@@ -142,6 +150,10 @@ class TokenBucket:
     def _flow(self, now: int) -> None:
         self._debt = self._left(now)
         self._at = now
+        if not self._debt:
+            self._since, self._fastest = now, self._amount
+        elif self._amount > self._fastest:
+            self._fastest = self._amount
 
 
 class SlidingWindow:

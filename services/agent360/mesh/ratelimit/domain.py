@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 from agent360.mesh.ratelimit.counts import CountKey
 from agent360.mesh.ratelimit.decisions import Decision, Leased, Settlement, Usage
 from agent360.mesh.ratelimit.limiter import Limiter
-from agent360.mesh.ratelimit.limits import LimitSet
+from agent360.mesh.ratelimit.limits import Limit, LimitSet
 
 
 class Ask(NamedTuple):
@@ -41,6 +41,7 @@ class Domain(Protocol):
         *,
         slots: bool = False,
         own: bool = False,
+        override: Limit | None = None,
     ) -> Any:
         """The counts that a request is charged to; see ``Limiter.plan``."""
 
@@ -75,8 +76,10 @@ class Domain(Protocol):
     async def release(self, tenant: str, slot_id: str) -> bool:
         """See ``Limiter.release``."""
 
-    async def usage(self, tenant: str, key: CountKey | None = None) -> Sequence[Usage]:
-        """See ``Limiter.usage``."""
+    async def usage(
+        self, tenant: str, key: CountKey | None = None, *, together: bool = False
+    ) -> Sequence[Usage]:
+        """See ``CountTable.usage``."""
 
 
 class LocalDomain:
@@ -89,16 +92,16 @@ class LocalDomain:
     @property
     def generation(self) -> int:
         """See ``Domain``."""
-        return self.limiter.generation
+        return self.limiter.counts.generation
 
     @property
     def limits(self) -> LimitSet:
         """See ``Domain``."""
-        return self.limiter.limits
+        return self.limiter.counts.limits
 
     def replace_limits(self, limits: LimitSet) -> None:
         """See ``Domain``."""
-        self.limiter.replace_limits(limits)
+        self.limiter.counts.replace_limits(limits)
 
     def plan(
         self,
@@ -108,9 +111,10 @@ class LocalDomain:
         *,
         slots: bool = False,
         own: bool = False,
+        override: Limit | None = None,
     ) -> Any:
         """See ``Domain``."""
-        return self.limiter.plan(tenant, name, facts, slots=slots, own=own)
+        return self.limiter.plan(tenant, name, facts, slots=slots, own=own, override=override)
 
     def join(self, plans: Sequence[Any]) -> Any:
         """See ``Domain``."""
@@ -153,6 +157,8 @@ class LocalDomain:
         """See ``Domain``."""
         return self.limiter.release(tenant, slot_id)
 
-    async def usage(self, tenant: str, key: CountKey | None = None) -> Sequence[Usage]:
+    async def usage(
+        self, tenant: str, key: CountKey | None = None, *, together: bool = False
+    ) -> Sequence[Usage]:
         """See ``Domain``."""
-        return list(self.limiter.usage(tenant, key))
+        return list(self.limiter.usage(tenant, key, together=together))

@@ -55,6 +55,16 @@ def limits_are_admins() -> MeshError:
     )
 
 
+def usage_is_operators() -> MeshError:
+    """Only operators see what all tenants use together."""
+    return MeshError(
+        grpc.StatusCode.PERMISSION_DENIED,
+        "ADMIN_ONLY",
+        "all_tenants: what all tenants use together is told to admins and to who may speak for "
+        "every tenant; leave it out to see the tenant's own share",
+    )
+
+
 def store_away() -> UnavailableError:
     """The store cannot be asked about what only it knows."""
     return UnavailableError(

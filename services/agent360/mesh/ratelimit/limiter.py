@@ -5,14 +5,13 @@ from __future__ import annotations
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
 from typing import Final, NamedTuple
 
+from agent360.mesh.ratelimit.count_table import CountTable
 from agent360.mesh.ratelimit.counts import (
     Charge,
     CountKey,
     Plan,
-    counts_of,
     longest_of,
     tightest_of,
 )
@@ -22,18 +21,18 @@ from agent360.mesh.ratelimit.decisions import (
     Leased,
     Settlement,
     Usage,
+    allowed_run,
     lease_size,
     unlimited,
 )
-from agent360.mesh.ratelimit.failures import counts_exhausted, reservation_unknown
-from agent360.mesh.ratelimit.free import free_id, free_quantity, free_renewal, free_settlement
-from agent360.mesh.ratelimit.limits import TENANT, Algorithm, FailureMode, Limit, LimitSet
+from agent360.mesh.ratelimit.failures import reservation_unknown
+from agent360.mesh.ratelimit.free import free_id, free_settlement
+from agent360.mesh.ratelimit.limits import Limit, LimitSet
+from agent360.mesh.ratelimit.record_ids import Kind, require_kind
+from agent360.mesh.ratelimit.slot_holders import SlotHolders
 
 _new_tuple: Final = tuple.__new__
 """A NamedTuple's own constructor takes twice as long."""
-
-_LOOKED_AT: Final = 64
-"""Counts that are looked at to make room for one."""
 
 _NO_FACTS: Final[Mapping[str, str]] = {}
 
@@ -46,13 +45,8 @@ class _Charged(NamedTuple):
     marks: tuple[int, ...]
     tokens: int
     decision: Decision
+    at: int
     ends: int
-
-
-class _Slots(NamedTuple):
-    charges: Plan
-    tenant: str
-    ttl_us: int
 
 
 class Limiter:
@@ -90,35 +84,21 @@ class Limiter:
             new_id: names reservations, leases and slots.
         """
         self.clock = clock
-        self.limits = limits
-        self._max_counters = max_counters
+        self.counts = CountTable(limits, clock, max_counters)
+        """Has the limits and what they count."""
         self._max_records = max_reservations
         self._lease_ttl_us = round(lease_ttl_s * 1e6)
         self._kept_us = round(reservations_kept_s * 1e6)
         self._new_id = new_id
-        self._counts: OrderedDict[CountKey, Charge] = OrderedDict()
         self._reservations: OrderedDict[str, _Charged] = OrderedDict()
         self._settled: set[str] = set()
         self._by_request: OrderedDict[tuple[str, str, str], str] = OrderedDict()
         self._leases: OrderedDict[str, _Charged] = OrderedDict()
-        self._slots: OrderedDict[str, _Slots] = OrderedDict()
+        self._holders = SlotHolders(clock, new_id, self._note_denial)
         self.allowed = 0
         """Requests that were allowed."""
         self.denied: dict[str, int] = {}
         """Requests that were denied, by limit; those of shadow limits too."""
-        self.generation = 0
-        """Grows when counts were dropped or limits changed: plans must be made again."""
-
-    def replace_limits(self, limits: LimitSet) -> None:
-        """Decides by other limits from now on; counts of limits that still count so stay."""
-        self.limits = limits
-        for key in list(self._counts):
-            limit = limits.find(*key[:3])
-            if limit is None or limit.kind != key[3]:
-                del self._counts[key]
-            else:
-                self._counts[key].adopt(limit)
-        self.generation += 1
 
     def check(
         self,
@@ -139,39 +119,24 @@ class Limiter:
         *,
         slots: bool = False,
         own: bool = False,
+        override: Limit | None = None,
     ) -> Plan:
-        """The counts that a request is charged to.
-
-        Args:
-            tenant: whose request it is.
-            name: of what is done.
-            facts: about it.
-            slots: the concurrency limits, in place of the others.
-            own: only limits that name RPCs of the mesh.
-
-        Raises:
-            MeshError: RESOURCE_EXHAUSTED; there is no room for the count of a closed limit.
-        """
-        charges: list[Charge] = []
-        for limit, key in counts_of(self.limits, tenant, name, facts, slots=slots, own=own):
-            charge = self._counts.get(key)
-            if charge is None:
-                charge = self._new_count(limit, key, charges)
-            else:
-                self._counts.move_to_end(key)
-            charges.append(charge)
-        return tuple(charges)
+        """See ``CountTable.plan``."""
+        return self.counts.plan(tenant, name, facts, slots=slots, own=own, override=override)
 
     def decide(self, plan: Plan, hits: int, allow_partial: bool, now: int) -> Decision:
         """Decides on a plan and charges all of its counts, or none."""
-        if len(plan) == 1 and hits and not plan[0].shadow:
+        if len(plan) == 1 and hits and plan[0].plain:
             charge = plan[0]
             admitted = charge.counter.admit(now, hits)
             if admitted is not None:
                 self.allowed += 1
                 remaining, reset_us = admitted
-                if remaining < charge.least:
-                    charge.least = remaining
+                if now >= charge.ends:
+                    charge.turn(now)
+                used = charge.size - remaining
+                if used > charge.peak:
+                    charge.peak = used
                 return _new_tuple(
                     Decision,
                     (
@@ -189,6 +154,26 @@ class Limiter:
             self.allowed += 1
             return unlimited(hits)
         return self._decide(plan, hits, allow_partial, now)[0]
+
+    def decide_run(
+        self, plan: Plan, hits: int, allow_partial: bool, times: int, now: int
+    ) -> Sequence[Decision]:
+        """Decides the same so many times in a row.
+
+        Where all are allowed, ``reset_after_s`` of each is that after the last.
+        """
+        if len(plan) == 1 and hits and plan[0].plain:
+            charge = plan[0]
+            admitted = charge.counter.admit(now, hits * times)
+            if admitted is not None:
+                self.allowed += times
+                remaining, reset_us = admitted
+                charge.turn(now)
+                charge.peak = max(charge.peak, charge.size - remaining)
+                return allowed_run(
+                    hits, times, remaining, charge.size, reset_us / 1e6, charge.limit_id
+                )
+        return [self.decide(plan, hits, allow_partial, now) for _ in range(times)]
 
     def _decide(
         self, plan: Plan, hits: int, allow_partial: bool, now: int
@@ -210,7 +195,7 @@ class Limiter:
         if granted:
             marks = tuple([charge.counter.take(now, granted) for charge in plan])
             for charge, room in zip(plan, rooms, strict=True):
-                charge.least = min(charge.least, room - granted)
+                charge.note_charge(now, granted, charge.size - room + granted)
         retry_after_s = None
         if not allowed or granted < hits:
             needed = 1 if allow_partial else max(1, hits)
@@ -255,14 +240,15 @@ class Limiter:
                 return known.decision, known_id
         if not plan:
             self.allowed += 1
-            return unlimited(tokens), free_id(tokens, self._new_id())
+            return unlimited(tokens), free_id(Kind.RESERVATION, tokens, self._new_id())
         decision, marks = self._decide(plan, tokens, False, now)
         if not decision.allowed:
             return decision, ""
-        reservation_id = self._new_id()
+        reservation_id = Kind.RESERVATION.value + self._new_id()
         self._forget(self._reservations, now)
         ends = now + round(ttl_s * 1e6) + self._kept_us
-        self._reservations[reservation_id] = _Charged(tenant, plan, marks, tokens, decision, ends)
+        charged = _Charged(tenant, plan, marks, tokens, decision, now, ends)
+        self._reservations[reservation_id] = charged
         if request_id:
             self._by_request[tenant, request_id, name] = reservation_id
             while len(self._by_request) > self._max_records:
@@ -273,11 +259,13 @@ class Limiter:
         """Replaces a reservation by what was used, exactly once.
 
         Raises:
-            MeshError: NOT_FOUND; there is no such reservation of the tenant.
+            MeshError: NOT_FOUND; there is no such reservation of the tenant. FAILED_PRECONDITION;
+                the id is of something else.
         """
         free = free_settlement(reservation_id, tokens)
         if free is not None:
             return free
+        require_kind(reservation_id, Kind.RESERVATION)
         now = self.clock()
         reservation = self._reservations.get(reservation_id)
         if reservation is None or reservation.tenant != tenant:
@@ -297,6 +285,7 @@ class Limiter:
                 charge.counter.take(now, adjustment)
             elif adjustment < 0:
                 charge.counter.give_back(now, -adjustment, mark, charged.tokens)
+            charge.note_adjustment(now, adjustment, charged.at)
 
     # ---------------------------------------------------------------- leases
 
@@ -315,15 +304,16 @@ class Limiter:
         times = [self._lease_ttl_us]
         times += [us for charge in plan if (us := charge.counter.lease_us(now)) is not None]
         ttl_us = min(times)
-        lease_id = self._new_id()
+        lease_id = Kind.LEASE.value + self._new_id()
         self._forget(self._leases, now)
         self._leases[lease_id] = _Charged(
-            tenant, plan, marks, wanted, decision, now + ttl_us + self._lease_ttl_us
+            tenant, plan, marks, wanted, decision, now, now + ttl_us + self._lease_ttl_us
         )
         return Leased(decision, lease_id, ttl_us / 1e6)
 
     def return_lease(self, tenant: str, lease_id: str, unspent: int) -> int:
         """Gives unspent tokens back, once; returns how many."""
+        require_kind(lease_id, Kind.LEASE)
         now = self.clock()
         lease = self._leases.get(lease_id)
         if lease is None or lease.tenant != tenant:
@@ -339,146 +329,32 @@ class Limiter:
 
     def acquire(self, tenant: str, plan: Plan, slots: int, ttl_s: float) -> tuple[Decision, str]:
         """Takes slots of all limits, or of none; returns the decision and the slots' id."""
-        now = self.clock()
-        slot_id = self._new_id()
-        if not plan:
-            self.allowed += 1
-            return unlimited(slots), free_id(round(ttl_s * 1e6), slot_id)
-        rooms = [charge.pool.room(now) for charge in plan]
-        tightest, least = tightest_of(plan, rooms, slots)
-        for charge, room in zip(plan, rooms, strict=True):
-            if charge.shadow and room < slots:
-                self._note_denial(charge)
-        if least < slots:
-            waits = [(charge.pool.wait(now, slots), charge) for charge in plan if not charge.shadow]
-            longest, tightest = longest_of(waits, tightest)
-            self._note_denial(tightest)
-            retry_after_s = None if longest is None else longest / 1e6
-            return self._slots_decision(tightest, 0, least, retry_after_s, now), ""
-        self.allowed += 1
-        ttl_us = round(ttl_s * 1e6)
-        for charge, room in zip(plan, rooms, strict=True):
-            charge.pool.hold(now, slot_id, slots, ttl_us)
-            charge.least = min(charge.least, room - slots)
-        self._slots[slot_id] = _Slots(plan, tenant, ttl_us)
-        self._forget_slots(now)
-        return self._slots_decision(tightest, slots, least - slots, None, now), slot_id
+        decision, slot_id = self._holders.acquire(tenant, plan, slots, ttl_s)
+        self.allowed += decision.allowed
+        return decision, slot_id
 
     def renew(self, tenant: str, slot_id: str, ttl_s: float | None) -> float | None:
         """Keeps slots for longer; returns their time to live, None if they had come back."""
-        free_s = free_renewal(slot_id, ttl_s)
-        if free_s is not None:
-            return free_s
-        held = self._slots.get(slot_id)
-        if held is None or held.tenant != tenant:
-            return None
-        now = self.clock()
-        ttl_us = held.ttl_us if ttl_s is None else round(ttl_s * 1e6)
-        renewed = [charge.pool.renew(now, slot_id, ttl_us) for charge in held.charges]
-        if not all(renewed):
-            return None
-        self._slots.move_to_end(slot_id)
-        return ttl_us / 1e6
+        return self._holders.renew(tenant, slot_id, ttl_s)
 
     def release(self, tenant: str, slot_id: str) -> bool:
         """Gives slots back; False if they had come back."""
-        if free_quantity(slot_id) is not None:
-            return True
-        held = self._slots.get(slot_id)
-        if held is None or held.tenant != tenant:
-            return False
-        del self._slots[slot_id]
-        now = self.clock()
-        for charge in held.charges:
-            charge.pool.room(now)
-        released = [charge.pool.release(slot_id) for charge in held.charges]
-        return all(released)
-
-    def _slots_decision(
-        self, tightest: Charge, granted: int, least: int, retry_after_s: float | None, now: int
-    ) -> Decision:
-        return Decision(
-            granted > 0,
-            granted,
-            max(0, least),
-            tightest.size,
-            tightest.pool.reset(now) / 1e6,
-            retry_after_s,
-            tightest.limit_id,
-        )
-
-    def _forget_slots(self, now: int) -> None:
-        """Drops a few of the oldest records whose slots came back by themselves."""
-        for _ in range(2):
-            slot_id, held = next(iter(self._slots.items()))
-            if all(charge.pool.holds(now, slot_id) for charge in held.charges):
-                self._slots.move_to_end(slot_id)
-            else:
-                del self._slots[slot_id]
-            if not self._slots:
-                return
+        return self._holders.release(tenant, slot_id)
 
     # ---------------------------------------------------------------- usage
 
-    def usage(self, tenant: str, key: CountKey | None = None) -> Iterator[Usage]:
-        """How much is used of each count that is the tenant's, in no order; or only of one."""
-        now = self.clock()
-        for counted in list(self._counts) if key is None else [key]:
-            charge = self._counts.get(counted)
-            if charge is None:
-                continue
-            limit = charge.limit
-            by = tuple(zip(limit.per, counted[4:], strict=True))
-            if limit.tenant != tenant and (TENANT, tenant) not in by:
-                continue
-            slots = limit.algorithm is Algorithm.CONCURRENCY
-            room = charge.pool.room(now) if slots else charge.counter.room(now)
-            reset_us = charge.pool.reset(now) if slots else charge.counter.reset(now)
-            yield Usage(
-                limit.limit_id,
-                tuple(each for each in by if each[0] != TENANT),
-                limit.size - room,
-                max(0, room),
-                limit.size,
-                charge.denied,
-                max(limit.size - charge.least, limit.size - room),
-                reset_us / 1e6,
-            )
+    def usage(
+        self, tenant: str, key: CountKey | None = None, *, together: bool = False
+    ) -> Iterator[Usage]:
+        """How much is used of each count of a tenant, or of only one; see ``CountTable.usage``."""
+        return self.counts.usage(tenant, key, together)
 
     # ---------------------------------------------------------------- within
 
     def _note_denial(self, charge: Charge) -> None:
-        charge.denied += 1
+        charge.note_denial()
         limit_id = charge.limit_id
         self.denied[limit_id] = self.denied.get(limit_id, 0) + 1
-
-    def _new_count(self, limit: Limit, key: CountKey, planned: Sequence[Charge]) -> Charge:
-        """A count that is kept or, where there is no room and the limit is open, is not."""
-        charge = Charge(limit)
-        if len(self._counts) < self._max_counters or self._make_room(planned):
-            self._counts[key] = charge
-        elif limit.failure_mode is FailureMode.CLOSED and not limit.shadow:
-            raise counts_exhausted(limit.limit_id)
-        return charge
-
-    def _make_room(self, planned: Sequence[Charge]) -> bool:
-        """Drops those that are whole again of the longest unused counts; whether there were any.
-
-        A count with charges or holders stays, and is looked at again after all the others.
-        """
-        now, dropped = self.clock(), False
-        for key in list(islice(self._counts, _LOOKED_AT)):
-            charge = self._counts[key]
-            slots = charge.limit.algorithm is Algorithm.CONCURRENCY
-            reset_us = charge.pool.reset(now) if slots else charge.counter.reset(now)
-            if reset_us > 0 or charge in planned:
-                self._counts.move_to_end(key)
-            else:
-                del self._counts[key]
-                dropped = True
-        if dropped:
-            self.generation += 1
-        return dropped
 
     def _forget(self, records: OrderedDict[str, _Charged], now: int) -> None:
         """Forgets what is long over, or beyond the bound."""

@@ -18,6 +18,7 @@ PLAN: Final = "plan"
 DEFAULT_PLAN: Final = "default"
 
 _OWN_METHODS: Final = "agent360."
+_HOUR_US: Final = 3_600_000_000
 
 
 class Algorithm(Enum):
@@ -43,6 +44,8 @@ class Source(Enum):
 
     FILE = "file"
     API = "api"
+    REQUEST = "request"
+    """The request that is subject to it; it is in no list."""
 
 
 class LimitsError(ValueError):
@@ -147,6 +150,14 @@ class Limit:
         if self.calendar is not None:
             return CalendarWindows(self.calendar, self.time_zone)
         return PlainWindows(self.period_us)
+
+    def periods(self) -> Windows:
+        """The periods that its usage is told of: a fixed window's own, else multiples of its
+        period since 1970; of concurrency slots, hours.
+        """
+        if self.algorithm is Algorithm.CONCURRENCY:
+            return PlainWindows(_HOUR_US)
+        return self.windows()
 
     def counter(self) -> Counter:
         """A new count of it.

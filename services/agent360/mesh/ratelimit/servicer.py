@@ -7,32 +7,25 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, Final
 
-from agent360.client import AuditEvent
-from agent360.client.errors import MeshError, unimplemented
+from agent360.client.errors import MeshError
+from agent360.mesh.ratelimit.answering import answer_checks
 from agent360.mesh.ratelimit.assembly import assemble
+from agent360.mesh.ratelimit.deadline import waited_s
+from agent360.mesh.ratelimit.decisions import Decision
 from agent360.mesh.ratelimit.domain import Ask, LocalDomain
 from agent360.mesh.ratelimit.envoy import EnvoyService
 from agent360.mesh.ratelimit.exposition import LimiterCollector
-from agent360.mesh.ratelimit.failures import limit_unknown, limits_are_admins
-from agent360.mesh.ratelimit.limits import TENANT
+from agent360.mesh.ratelimit.limit_rpcs import LimitRpcs
 from agent360.mesh.ratelimit.own_quota import OwnQuota
 from agent360.mesh.ratelimit.settings import RateLimitSettings
 from agent360.mesh.ratelimit.usage import UsageReport
+from agent360.mesh.ratelimit.usage_rpcs import UsageRpcs
 from agent360.mesh.ratelimit.wire import (
     MAX_SLOTS,
-    limit_message,
-    read_limit,
     read_request,
-    usage_message,
     write_decision,
 )
-from agent360.mesh.runtime.call import MESH_TENANT, Call, Emit, Item
-from agent360.mesh.runtime.pages import (
-    decode_page_token,
-    encode_page_token,
-    page_size,
-    read_mask,
-)
+from agent360.mesh.runtime.call import Call, Emit, Item
 from agent360.mesh.runtime.service import ServiceContext, ServiceDefinition
 from agent360.mesh.runtime.validation import Violations, set_duration
 from agent360.ratelimit.v1 import ratelimit_pb2 as pb
@@ -44,6 +37,7 @@ _MAX_BATCH: Final = 1_000
 _MAX_TTL_S: Final = 86_400.0
 
 _NONE_RESOLVED: Final[dict[bytes, Ask]] = {}
+_NOTHING_ASKED: Final = Ask((), 0, False)
 
 
 class RateLimitServicer:
@@ -55,7 +49,6 @@ class RateLimitServicer:
 
     def __init__(self, settings: RateLimitSettings, context: ServiceContext) -> None:
         self._settings = settings
-        self._mesh = context.mesh
         self._parts = assemble(settings, context.registry, context.log, self._on_load)
         self._domain = self._parts.domain
         self._in_memory = isinstance(self._domain, LocalDomain)
@@ -63,6 +56,8 @@ class RateLimitServicer:
         self.limiter = OwnQuota(self._domain, self._parts.limiter)
         """Its own domain, for the quota of its callers."""
         self._envoy = EnvoyService(self._domain, settings.envoy_tenant)
+        self._limits = LimitRpcs(settings, context.mesh, self._domain, self._book)
+        self._usage = UsageRpcs(self._domain)
         self._report = UsageReport(context.mesh.metrics)
         self._resolved: dict[str, dict[bytes, Ask]] = {}
         self._plans = 0
@@ -86,12 +81,12 @@ class RateLimitServicer:
             },
             unary={
                 "BatchCheck": self.batch_check,
-                "SetLimit": self.set_limit,
-                "GetLimit": self.get_limit,
-                "ListLimits": self.list_limits,
-                "DeleteLimit": self.delete_limit,
-                "GetUsage": self.get_usage,
-                "ListUsage": self.list_usage,
+                "SetLimit": self._limits.set_limit,
+                "GetLimit": self._limits.get_limit,
+                "ListLimits": self._limits.list_limits,
+                "DeleteLimit": self._limits.delete_limit,
+                "GetUsage": self._usage.get_usage,
+                "ListUsage": self._usage.list_usage,
             },
         )
         return own, self._envoy.definition
@@ -102,7 +97,7 @@ class RateLimitServicer:
         await self._book.start(self._domain.replace_limits)
         self._report.start()
         if self._settings.limits:
-            self._on_load("")
+            self._limits.on_load("")
 
     async def close(self) -> None:
         """See ``Servicer.close``."""
@@ -114,44 +109,69 @@ class RateLimitServicer:
 
     async def check(self, items: Sequence[Item], emit: Emit) -> None:
         """Decides requests."""
-        if not self._in_memory:
-            await self._check_shared(items, emit)
+        if self._in_memory:
+            self._check_in_memory(items, emit)
             return
-        limiter = self._parts.limiter
-        now = limiter.clock()
-        decide, reply = limiter.decide, emit.reply
-        tenant, resolved = "", self._resolved_of("")
+        asked, asks, waits_s = [], [], 0.0
+        call, resolved = None, _NONE_RESOLVED
         for item in items:
-            request = item.request
-            if item.call.tenant != tenant:
-                tenant = item.call.tenant
-                resolved = self._resolved_of(tenant)
-            known = resolved.get(request.SerializeToString())
-            if known is None or self._generation != limiter.generation:
+            if item.call is not call:
+                call = item.call
+                waits_s = max(waits_s, call.waited_s)
+                resolved = self._resolved_of(call.tenant)
+            ask = resolved.get(item.request.SerializeToString())
+            if ask is None or self._generation != self._domain.generation:
                 try:
-                    known = self._resolve(tenant, request)
+                    ask = self._resolve(call.tenant, item.request)
                 except MeshError as error:
                     emit.fail(item, error)
                     continue
-                resolved = self._resolved_of(tenant)
-            plan, hits, allow_partial = known
-            decision = decide(plan, hits, allow_partial, now)
-            write_decision(reply(item).decision, decision)
-            self._report.note(tenant, decision, hits)
+                resolved = self._resolved_of(call.tenant)
+            asked.append(item)
+            asks.append(ask)
+        waited_s.set(waits_s)
+        decisions = await self._domain.decide(asks)
+        answer_checks(zip(asked, asks, decisions, strict=True), emit, self._report)
 
-    async def _check_shared(self, items: Sequence[Item], emit: Emit) -> None:
+    def _check_in_memory(self, items: Sequence[Item], emit: Emit) -> None:
+        """The same, where a request is decided before the next is resolved.
+
+        Finding the counts of one may drop those of another to which nothing is charged yet.
+        """
+        limiter = self._parts.limiter
+        counts, now = limiter.counts, limiter.clock()
         asked: list[Item] = []
         asks: list[Ask] = []
+        decisions: list[Decision] = []
+        decide = limiter.decide
+        last, times = _NOTHING_ASKED, 0
+        call, resolved = None, _NONE_RESOLVED
         for item in items:
-            try:
-                asks.append(self._ask(item.call.tenant, item.request))
-            except MeshError as error:
-                emit.fail(item, error)
-                continue
+            if item.call is not call:
+                call = item.call
+                resolved = self._resolved_of(call.tenant)
+            ask = resolved.get(item.request.SerializeToString())
+            if ask is not last or self._generation != counts.generation:
+                if times == 1:
+                    decisions.append(decide(last[0], last[1], last[2], now))
+                elif times:
+                    decisions += limiter.decide_run(*last, times, now)
+                times = 0
+                if ask is None or self._generation != counts.generation:
+                    try:
+                        ask = self._resolve(call.tenant, item.request)
+                    except MeshError as error:
+                        emit.fail(item, error)
+                        last = _NOTHING_ASKED
+                        continue
+                    resolved = self._resolved_of(call.tenant)
+                last = ask
+            times += 1
             asked.append(item)
-        for item, ask, decision in zip(asked, asks, await self._domain.decide(asks), strict=True):
-            write_decision(emit.reply(item).decision, decision)
-            self._report.note(item.call.tenant, decision, ask.hits)
+            asks.append(last)
+        if times:
+            decisions += limiter.decide_run(*last, times, now)
+        answer_checks(zip(asked, asks, decisions, strict=True), emit, self._report)
 
     async def reserve(self, items: Sequence[Item], emit: Emit) -> None:
         """Sets tokens aside."""
@@ -274,129 +294,17 @@ class RateLimitServicer:
             faults.nested(f"requests[{index}]", partial(read_request, each))
         faults.raise_if_any()
         asks = [self._ask(call.tenant, each) for each in request.requests]
+        waited_s.set(call.waited_s)
         response = pb.BatchCheckResponse()
         for ask, decision in zip(asks, await self._domain.decide(asks), strict=True):
             write_decision(response.decisions.add(), decision)
             self._report.note(call.tenant, decision, ask.hits)
         return response
 
-    async def set_limit(self, call: Call, request: Any) -> Any:
-        """Makes or replaces a limit."""
-        if not call.principal.admin:
-            raise limits_are_admins()
-        faults = Violations()
-        faults.require("limit", request.HasField("limit"), "must be given")
-        faults.raise_if_any()
-        inner = Violations()
-        limit = read_limit(request.limit, inner)
-        faults.nested("limit", lambda nested: nested.found.extend(inner.found))
-        faults.raise_if_any()
-        before = self._book.limits.find(*limit.key)
-        limit = await self._book.put(limit)
-        self._audit("set", limit.limit_id, call, limit.tenant, str(limit.amount), before)
-        return pb.SetLimitResponse(limit=limit_message(limit))
-
-    async def delete_limit(self, call: Call, request: Any) -> Any:
-        """Removes a limit that was set."""
-        if not call.principal.admin:
-            raise limits_are_admins()
-        before = self._book.limits.find(request.limit_id, request.tenant, request.plan)
-        await self._book.remove((request.limit_id, request.tenant, request.plan))
-        self._audit("delete", request.limit_id, call, request.tenant, "", before)
-        return pb.DeleteLimitResponse()
-
-    async def get_limit(self, call: Call, request: Any) -> Any:
-        """Reads the limit in force for the tenant."""
-        limit = self._domain.limits.of(call.tenant).get(request.limit_id)
-        if limit is None:
-            raise limit_unknown(request.limit_id)
-        masked = read_mask(request, pb.Limit)
-        return pb.GetLimitResponse(limit=masked(limit_message(limit)))
-
-    async def list_limits(self, call: Call, request: Any) -> Any:
-        """Lists the limits in force for the tenant, in the order of their ids."""
-        size = page_size(request.page_size)
-        after = decode_page_token(call.tenant, b"limits", request.page_token)
-        masked = read_mask(request, pb.Limit)
-        limits = self._domain.limits.of(call.tenant)
-        ids = sorted(each for each in limits if after is None or each > after)
-        response = pb.ListLimitsResponse()
-        for limit_id in ids[:size]:
-            response.limits.append(masked(limit_message(limits[limit_id])))
-        if len(ids) > size:
-            response.next_page_token = encode_page_token(call.tenant, b"limits", ids[size - 1])
-        return response
-
-    async def get_usage(self, call: Call, request: Any) -> Any:
-        """Reads the usage of one count; one that was never used is whole."""
-        limit = self._domain.limits.of(call.tenant).get(request.limit_id)
-        if limit is None:
-            raise limit_unknown(request.limit_id)
-        if not limit.tenants_apart:
-            raise unimplemented("usage of limits that count several tenants together")
-        wanted = dict(request.counted_by)
-        if wanted.keys() == set(limit.per) - {TENANT}:
-            known = {**wanted, TENANT: call.tenant}
-            key = (*limit.key, limit.kind, *(known[fact] for fact in limit.per))
-            for usage in await self._domain.usage(call.tenant, key):
-                return pb.GetUsageResponse(usage=usage_message(usage))
-        return pb.GetUsageResponse(
-            usage=pb.Usage(
-                limit_id=limit.limit_id, counted_by=wanted, remaining=limit.size, limit=limit.size
-            )
-        )
-
-    async def list_usage(self, call: Call, request: Any) -> Any:
-        """Lists the counts of the tenant that are in use, by limit and facts."""
-        size = page_size(request.page_size)
-        query = b"usage/" + request.limit_id.encode()
-        after = decode_page_token(call.tenant, query, request.page_token)
-        masked = read_mask(request, pb.Usage)
-        rows = sorted(
-            (
-                ([usage.limit_id, *(value for _, value in usage.counted_by)], usage)
-                for usage in await self._domain.usage(call.tenant)
-                if request.limit_id in ("", usage.limit_id)
-            ),
-            key=lambda row: row[0],
-        )
-        rows = [row for row in rows if after is None or row[0] > after]
-        response = pb.ListUsageResponse()
-        for _, usage in rows[:size]:
-            response.usages.append(masked(usage_message(usage)))
-        if len(rows) > size:
-            response.next_page_token = encode_page_token(call.tenant, query, rows[size - 1][0])
-        return response
-
     # ---------------------------------------------------------------- within
 
     def _on_load(self, fault: str) -> None:
-        """The limits file was read; ``fault`` is what was wrong, if anything."""
-        if self._settings.limits is None:
-            return
-        event = AuditEvent(
-            "ratelimit.limits.load",
-            f"files/{self._settings.limits.name}",
-            actor="ratelimit",
-            outcome="failed" if fault else "succeeded",
-            attributes={"fault": fault[:256]} if fault else {},
-        )
-        self._mesh.audit.note(event, tenant=MESH_TENANT)
-
-    def _audit(
-        self, what: str, limit_id: str, call: Call, tenant: str, amount: str, before: Any
-    ) -> None:
-        event = AuditEvent(
-            f"ratelimit.limits.{what}",
-            f"limits/{limit_id}",
-            actor=call.principal.name,
-            attributes={
-                "tenant": tenant,
-                "amount": amount,
-                "before": "" if before is None else str(before.amount),
-            },
-        )
-        self._mesh.audit.note(event, tenant=tenant or MESH_TENANT)
+        self._limits.on_load(fault)
 
     def _ask(self, tenant: str, request: Any) -> Ask:
         known = self._resolved_of(tenant).get(request.SerializeToString())
@@ -435,6 +343,7 @@ async def _each(items: Sequence[Item], emit: Emit, handle: Any) -> None:
     """Handles items at once; one's failure is its own."""
 
     async def one(item: Item) -> None:
+        waited_s.set(item.call.waited_s)
         try:
             await handle(item, emit)
         except MeshError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any, Final, Literal, NamedTuple, Protocol
 
@@ -22,13 +22,78 @@ AWAY: Final = _Answer.AWAY
 Away = Literal[_Answer.AWAY]
 
 
-class SharedUsage(NamedTuple):
-    """One count that is in use."""
+class UsageRow(NamedTuple):
+    """What one replica has seen of one count in one period, since it last told."""
 
-    limit: Limit
-    key: CountKey
+    count: Any
+    """The count, of the store."""
+    tenant: str
+    """Whose share it is; empty where the count is of one tenant."""
+    start: int
+    """When the period began, in microseconds since 1970."""
+    length: int
+    """How long it is, in microseconds."""
+    denied: int
+    """Requests that were denied."""
+    peak: int
+    """The largest use seen."""
+    charged: int
+    """What the tenant was charged; below 0 if more was given back."""
+    highest: int
+    """The most that it was meanwhile."""
+
+
+class CountUsage(NamedTuple):
+    """What all replicas have seen of one count, or of a tenant's share of it."""
+
     room: int
+    """What is left of the count."""
     reset_us: int
+    """When it is whole again."""
+    denied: int
+    peak: int
+    """The largest use seen in the present period; of a share, of the share."""
+    charged: int
+    """What the share's tenant was charged in the present period."""
+    held: int
+    """Slots that the share's tenant holds."""
+
+
+class UsageTable(Protocol):
+    """Adds up what replicas have seen of counts; every method may answer AWAY."""
+
+    def now_us(self) -> int:
+        """The time that periods go by, in microseconds since 1970."""
+
+    @property
+    def available(self) -> bool:
+        """Whether rows can be added now."""
+
+    async def add(self, rows: Sequence[UsageRow]) -> Away | None:
+        """Adds rows; AWAY if some may have been lost."""
+
+    async def listed(self, limits: LimitSet, tenant: str) -> Sequence[CountKey] | Away:
+        """Counts of a tenant, and those it has a share of, that may be in use."""
+
+    async def listed_together(self, limits: LimitSet) -> Sequence[CountKey] | Away:
+        """Counts of several tenants that may be in use."""
+
+    async def read(
+        self, counts: Sequence[tuple[Limit, CountKey, int]], tenant: str, *, together: bool
+    ) -> Sequence[CountUsage] | Away:
+        """The usage of counts in periods that began then, in their order.
+
+        Args:
+            counts: limits, the keys of their counts, and when the present period began.
+            tenant: whose counts and shares.
+            together: the counts as of all tenants, in place of the tenant's shares.
+        """
+
+    def count(self, limit: Limit, key: CountKey, tenant: str) -> Any:
+        """The store's count of a key."""
+
+    def key(self, name: str) -> CountKey:
+        """The key of a count that the store names so."""
 
 
 class Run(NamedTuple):
@@ -45,8 +110,16 @@ Decided = Sequence[Decision]
 """The decisions on a run, in order."""
 
 
+OnAdjusted = Callable[[LimitSet, str, str, int, int], None]
+"""Takes limits, tenant, the store's name of a count, a time in microseconds since 1970, hits."""
+
+
 class SharedStore(Protocol):
     """Decides with counts that all replicas share; every method may answer AWAY."""
+
+    on_adjusted: OnAdjusted
+    """Told when a count of several tenants was charged more to a tenant than at a time, or less if
+    the hits are below 0: by a settle, or a lease that was returned."""
 
     async def start(self) -> None:
         """Returns when it can be asked."""
@@ -58,7 +131,7 @@ class SharedStore(Protocol):
         """Whether counts can be decided by one step."""
 
     def counts(
-        self, limits: LimitSet, tenant: str, name: str, facts: Mapping[str, str], **choice: bool
+        self, limits: LimitSet, tenant: str, name: str, facts: Mapping[str, str], **choice: Any
     ) -> tuple[Any, ...]:
         """The counts that a request is charged to; each has its ``limit``."""
 
@@ -74,7 +147,7 @@ class SharedStore(Protocol):
         """Charges an estimate and remembers it."""
 
     async def settle(
-        self, tenant: str, reservation_id: str, tokens: int
+        self, limits: LimitSet, tenant: str, reservation_id: str, tokens: int
     ) -> tuple[bool, int, int] | Away:
         """Replaces a reservation by what was used; whether again, the adjustment, what is left."""
 
@@ -83,7 +156,9 @@ class SharedStore(Protocol):
     ) -> tuple[Decision, str, int] | Away | None:
         """Charges tokens in advance; None where these counts cannot be leased from."""
 
-    async def return_lease(self, tenant: str, lease_id: str, unspent: int) -> int | Away:
+    async def return_lease(
+        self, limits: LimitSet, tenant: str, lease_id: str, unspent: int
+    ) -> int | Away:
         """Gives unspent tokens back, once."""
 
     async def acquire(
@@ -96,8 +171,3 @@ class SharedStore(Protocol):
 
     async def release(self, tenant: str, slot_id: str) -> int | Away:
         """Gives slots back; 0 if they had come back."""
-
-    async def usage(
-        self, limits: LimitSet, tenant: str, key: CountKey | None
-    ) -> Sequence[SharedUsage] | Away:
-        """The counts of a tenant that are in use; or only one, in use or not."""

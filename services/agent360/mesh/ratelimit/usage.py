@@ -8,9 +8,12 @@ from datetime import UTC, datetime
 from typing import Final, Protocol
 
 from agent360.mesh.ratelimit.decisions import Decision
+from agent360.mesh.runtime.call import MESH_TENANT
 
 _REPORT_EVERY_S: Final = 5.0
 _MAX_ROWS: Final = 10_000
+"""Rows of one report; the others wait for the next."""
+_MAX_WAITING: Final = 200_000
 
 
 class Meter(Protocol):
@@ -29,8 +32,9 @@ class Meter(Protocol):
 class UsageReport:
     """Adds decisions up and reports the sums every few seconds, by tenant, limit and hour of day.
 
-    ``ratelimit_hits_total{limit,outcome,hour}`` of each tenant answers when a limit is used, and
-    its sum over all which tenants use the most. Looks (0 hits) are not counted.
+    ``ratelimit_hits_total{limit,outcome,hour}`` of each tenant answers when a limit is used. The
+    same of the mesh's own tenant has a label ``tenant`` as well: grouped by it, operators see which
+    tenants use the most. Looks (0 hits) are not counted.
     """
 
     def __init__(self, meter: Meter) -> None:
@@ -40,12 +44,17 @@ class UsageReport:
 
     def note(self, tenant: str, decision: Decision, hits: int) -> None:
         """Adds a decision."""
-        limit_id = decision[6]
+        allowed = decision.allowed
+        self.add(tenant, decision.limit_id, allowed, decision.granted if allowed else hits)
+
+    def add(self, tenant: str, limit_id: str, allowed: bool, hits: int) -> None:
+        """Adds hits that were granted, or asked for and denied."""
         if not limit_id or not hits:
             return
-        sums, allowed = self._sums, decision[0]
-        key = (tenant, limit_id, allowed)
-        sums[key] = sums.get(key, 0) + (decision[1] if allowed else hits)
+        sums, key = self._sums, (tenant, limit_id, allowed)
+        if len(sums) >= _MAX_WAITING and key not in sums:
+            return
+        sums[key] = sums.get(key, 0) + hits
 
     def start(self) -> None:
         """Reports from now on."""
@@ -64,12 +73,15 @@ class UsageReport:
             self._report()
 
     def _report(self) -> None:
-        sums, self._sums = self._sums, {}
+        rows = [(key, self._sums.pop(key)) for key in list(self._sums)[:_MAX_ROWS]]
         hour = f"{datetime.now(UTC).hour:02}"
-        for (tenant, limit_id, allowed), hits in list(sums.items())[:_MAX_ROWS]:
+        for (tenant, limit_id, allowed), hits in rows:
             labels = {
                 "limit": limit_id,
                 "outcome": "allowed" if allowed else "denied",
                 "hour": hour,
             }
             self._meter.count("ratelimit_hits_total", hits, labels, tenant)
+            self._meter.count(
+                "ratelimit_hits_total", hits, {**labels, "tenant": tenant}, MESH_TENANT
+            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 from enum import Enum
+from functools import lru_cache
 from typing import Final, NamedTuple, Protocol
 from zoneinfo import ZoneInfo
 
@@ -62,6 +63,12 @@ class PlainWindows:
         return Window(start, start + self.period_us)
 
 
+@lru_cache(maxsize=1_024)
+def calendar_windows(unit: Calendar, time_zone: str) -> CalendarWindows:
+    """The windows of a calendar; they remember what they found last."""
+    return CalendarWindows(unit, time_zone)
+
+
 class CalendarWindows:
     """Hours, days, weeks (from Monday), months or years of a time zone.
 
@@ -77,12 +84,25 @@ class CalendarWindows:
         self._unit = unit
         self._zone = ZoneInfo(time_zone or "UTC")
         self._last = Window(0, 0)
+        self._around: tuple[Window, tuple[int, ...]] = self._last, ()
 
     def at(self, now: int) -> Window:
         """See ``Windows.at``."""
         if not self._last.start <= now < self._last.end:
             self._last = self._find(now)
         return self._last
+
+    def boundaries(self, now: int) -> tuple[int, ...]:
+        """Where windows begin, from the one before that of a time to the fourth after it."""
+        around, found = self._around
+        if not around.start <= now < around.end:
+            around = self._find(now)
+            ends = [around.end]
+            for _ in range(3):
+                ends.append(self._find(ends[-1]).end)
+            found = (self._find(around.start - 1).start, around.start, *ends)
+            self._around = around, found
+        return found
 
     def _find(self, now: int) -> Window:
         local = (_EPOCH + timedelta(microseconds=now)).astimezone(self._zone)

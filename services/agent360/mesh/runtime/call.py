@@ -75,6 +75,8 @@ class Call:
     """True if the caller asks about all tenants, and may: ``tenant`` is the mesh's then."""
     streamed: bool = False
     """True for items of a Pipeline stream."""
+    waited_s: float = 0.0
+    """How long it has waited for its quota, in seconds."""
     facts: dict[str, str] = field(default_factory=dict)
     """What a handler wants in the access log beside the above, such as ``model``."""
 

@@ -226,7 +226,9 @@ class PolicyInterceptor(grpc.aio.ServerInterceptor):
             await abort(context, error)
         call = _call(method, metadata, principal, context)
         if not call.tenant and not principal.only_tenant:
-            call.tenant = self._default_tenants.get(method, "")
+            default = self._default_tenants.get(method, "")
+            if principal.may_speak_for(default):
+                call.tenant = default
         return call
 
     async def _admit(self, method: str, context: Any) -> Group:

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from agent360.client import Mesh, MeshError
+from agent360.client import Mesh, MeshError, MetricGroup
 from agent360.mesh.cli.top.board import AlertRow, Board, ModelRow, ServiceRow, TenantRow
 from agent360.metrics.v1 import metrics_pb2 as pb
 
@@ -63,27 +63,39 @@ class BoardReader:
         """A look at the window that ends now; what cannot be asked for is left out and named."""
         missing: list[str] = []
         by_tenant = "tenant" if self._tenant == ALL_TENANTS else ""
-        (
-            calls, durations, tenants, tokens, tenant_tokens, cost, tenant_cost,
-            answers, batches, lookups, alerts,
-        ) = await asyncio.gather(
-            self._sums("mesh_requests", ("service", "code"), missing),
+        sums = {
+            subject: self._sums(name, labels, missing)
+            for subject, (name, labels) in {
+                "calls": ("mesh_requests", ("service", "code")),
+                "tenants": ("mesh_requests", (by_tenant, "code")),
+                "tokens": ("inference_tokens_total", ("model", "direction")),
+                "tenant_tokens": ("inference_tokens_total", (by_tenant,)),
+                "cost": ("inference_cost_usd_total", ("model",)),
+                "tenant_cost": ("inference_cost_usd_total", (by_tenant,)),
+                "answers": ("inference_answers_total", ("model", "source")),
+                "lookups": ("cache_lookups_total", ("outcome",)),
+            }.items()
+        }
+        found, durations, batches, alerts = await asyncio.gather(
+            asyncio.gather(*sums.values()),
             self._quantiles("mesh_request_seconds", "service", missing),
-            self._sums("mesh_requests", (by_tenant, "code"), missing),
-            self._sums("inference_tokens_total", ("model", "direction"), missing),
-            self._sums("inference_tokens_total", (by_tenant,), missing),
-            self._sums("inference_cost_usd_total", ("model",), missing),
-            self._sums("inference_cost_usd_total", (by_tenant,), missing),
-            self._sums("inference_answers_total", ("model", "source"), missing),
             self._means("inference_batch_size", "model", missing),
-            self._sums("cache_lookups_total", ("outcome",), missing),
             self._alerts(missing),
-        )  # fmt: skip
+        )
+        figures = dict(zip(sums, found, strict=True))
         return Board(
-            services=_services(calls, durations, self._window_s),
-            tenants=_tenants(tenants, tenant_tokens, tenant_cost, self._window_s, self._tenant),
-            models=_models(answers, tokens, batches, cost, self._window_s),
-            cache_hits=_hits(lookups),
+            services=_services(figures["calls"], durations, self._window_s),
+            tenants=_tenants(
+                figures["tenants"],
+                figures["tenant_tokens"],
+                figures["tenant_cost"],
+                self._window_s,
+                self._tenant,
+            ),
+            models=_models(
+                figures["answers"], figures["tokens"], batches, figures["cost"], self._window_s
+            ),
+            cache_hits=_hits(figures["lookups"]),
             alerts=alerts,
             missing=tuple(dict.fromkeys(missing)),
         )
@@ -98,7 +110,7 @@ class BoardReader:
         request.group_by.extend(label for label in labels if label)
         return request
 
-    async def _groups(self, request: pb.QueryRequest, missing: list[str]) -> list[pb.Group]:
+    async def _groups(self, request: pb.QueryRequest, missing: list[str]) -> list[MetricGroup]:
         try:
             return [group async for group in self._mesh.metrics.query(request, tenant=self._tenant)]
         except MeshError as error:
@@ -110,13 +122,15 @@ class BoardReader:
         found: dict[tuple[str, ...], float] = defaultdict(float)
         for group in await self._groups(request, missing):
             key = tuple(group.labels.get(label, "") for label in labels)
-            found[key] += sum(group.values)
+            found[key] += sum(point.value for point in group.points)
         return found
 
     async def _means(self, name: str, label: str, missing: list[str]) -> Mapping[str, float]:
         request = self._query(name, pb.AGGREGATION_MEAN, (label,))
         groups = await self._groups(request, missing)
-        return {group.labels.get(label, ""): group.values[-1] for group in groups if group.values}
+        return {
+            group.labels.get(label, ""): group.points[-1].value for group in groups if group.points
+        }
 
     async def _quantiles(
         self, name: str, label: str, missing: list[str]
@@ -125,9 +139,9 @@ class BoardReader:
         request.quantiles.extend(_QUANTILES)
         groups = await self._groups(request, missing)
         return {
-            group.labels.get(label, ""): tuple(group.quantiles[-len(_QUANTILES) :])
+            group.labels.get(label, ""): tuple(group.points[-1].quantiles)
             for group in groups
-            if group.quantiles
+            if group.points
         }
 
     async def _alerts(self, missing: list[str]) -> tuple[AlertRow, ...]:

@@ -7,6 +7,7 @@ in the common pool would clash with the stubs of a process that has both.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 from google.protobuf import descriptor_pb2, duration_pb2, wrappers_pb2
@@ -22,18 +23,26 @@ _UNITS: Final = {
     "UNKNOWN": 0, "SECOND": 1, "MINUTE": 2, "HOUR": 3, "DAY": 4, "MONTH": 5, "YEAR": 6, "WEEK": 7,
 }  # fmt: skip
 
+_OVERRIDE_UNITS: Final = {name: number for name, number in _UNITS.items() if name != "WEEK"}
+
 # Messages by their path: fields by name, with number and type; a type that begins with a dot is a
 # message, one with "enum " before it an enum, "*" after it: repeated.
 _FILES: Final[dict[str, dict[str, dict[str, tuple[int, str]]]]] = {
+    "envoy.type.v3": {},
     "envoy.config.core.v3": {
         "HeaderValue": {"key": (1, "string"), "value": (2, "string")},
     },
     "envoy.extensions.common.ratelimit.v3": {
         "RateLimitDescriptor": {
             "entries": (1, f"{_DESCRIPTOR}.Entry*"),
+            "limit": (2, f"{_DESCRIPTOR}.RateLimitOverride"),
             "hits_addend": (3, ".google.protobuf.UInt64Value"),
         },
         "RateLimitDescriptor.Entry": {"key": (1, "string"), "value": (2, "string")},
+        "RateLimitDescriptor.RateLimitOverride": {
+            "requests_per_unit": (1, "uint32"),
+            "unit": (2, "enum .envoy.type.v3.RateLimitUnit"),
+        },
     },
     _PACKAGE: {
         "RateLimitRequest": {
@@ -59,7 +68,9 @@ _FILES: Final[dict[str, dict[str, dict[str, tuple[int, str]]]]] = {
         },
     },
 }
+# Enums by the message they are in, or the package.
 _ENUMS: Final = {
+    "envoy.type.v3": ("RateLimitUnit", _OVERRIDE_UNITS),
     "RateLimitResponse": ("Code", {"UNKNOWN": 0, "OK": 1, "OVER_LIMIT": 2}),
     "RateLimitResponse.RateLimit": ("Unit", _UNITS),
 }
@@ -88,10 +99,9 @@ def _build() -> DescriptorPool:
             for field, (number, kind) in fields.items():
                 _add_field(message, field, number, kind)
             if path in _ENUMS:
-                enum, values = _ENUMS[path]
-                declared = message.enum_type.add(name=enum)
-                for value, value_number in values.items():
-                    declared.value.add(name=value, number=value_number)
+                _add_enum(message, *_ENUMS[path])
+        if package in _ENUMS:
+            _add_enum(file, *_ENUMS[package])
         if package == _PACKAGE:
             file.service.add(name="RateLimitService").method.add(
                 name="ShouldRateLimit",
@@ -100,6 +110,12 @@ def _build() -> DescriptorPool:
             )
         pool.AddSerializedFile(file.SerializeToString())
     return pool
+
+
+def _add_enum(scope: Any, name: str, values: Mapping[str, int]) -> None:
+    declared = scope.enum_type.add(name=name)
+    for value, number in values.items():
+        declared.value.add(name=value, number=number)
 
 
 def _add_field(message: Any, name: str, number: int, kind: str) -> None:
@@ -127,3 +143,5 @@ OK: Final = 1
 OVER_LIMIT: Final = 2
 UNITS: Final = _UNITS
 """Units of a limit in the answer, by name."""
+UNIT_NAMES: Final = {number: name for name, number in _UNITS.items()}
+"""The same by number; of the limit in a descriptor, too, which has no weeks as yet."""

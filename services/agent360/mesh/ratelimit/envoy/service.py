@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
-import grpc
-
-from agent360.client.errors import MeshError
 from agent360.mesh.ratelimit.decisions import Decision
 from agent360.mesh.ratelimit.domain import Ask, Domain
 from agent360.mesh.ratelimit.envoy.contract import (
@@ -19,19 +15,12 @@ from agent360.mesh.ratelimit.envoy.contract import (
     UNITS,
     RateLimitResponse,
 )
-from agent360.mesh.ratelimit.limits import TENANT, Limit
-from agent360.mesh.ratelimit.wire import check_facts
+from agent360.mesh.ratelimit.envoy.questions import MOST_HITS, read_questions
+from agent360.mesh.ratelimit.limits import Limit, Source
 from agent360.mesh.runtime.call import Call
 from agent360.mesh.runtime.service import ServiceDefinition
-from agent360.mesh.runtime.validation import (
-    TENANT_PATTERN,
-    TENANT_RULE,
-    Violations,
-    set_duration,
-)
+from agent360.mesh.runtime.validation import set_duration
 
-_NOT_IN_NAMES: Final = re.compile(r"[^a-z0-9_.-]")
-_MOST: Final = 2**32 - 1
 _UNIT_OF: Final = {
     1.0: "SECOND",
     60.0: "MINUTE",
@@ -41,17 +30,12 @@ _UNIT_OF: Final = {
 }
 
 
-class _Question(NamedTuple):
-    tenant: str
-    facts: dict[str, str]
-    hits: int
-
-
 class EnvoyService:
     """Serves envoy.service.ratelimit.v3.RateLimitService.
 
     A domain is what limits call a name; the entries of a descriptor are its facts, and an entry
-    ``tenant`` says whose request it is. All descriptors of a request are charged, or none.
+    ``tenant`` says whose request it is. A descriptor that brings a limit is charged to it alone.
+    All descriptors of a request are charged, or none.
     """
 
     def __init__(self, domain: Domain, default_tenant: str) -> None:
@@ -75,9 +59,11 @@ class EnvoyService:
 
     async def should_rate_limit(self, call: Call, request: Any) -> Any:
         """Decides one request of Envoy."""
-        questions = _read(call, request)
+        questions = read_questions(call, request)
         domain, name = self._domain, request.domain
-        plans = [domain.plan(each.tenant, name, each.facts) for each in questions]
+        plans = [
+            domain.plan(each.tenant, name, each.facts, override=each.override) for each in questions
+        ]
         decisions: Sequence[Decision]
         if len(questions) == 1:
             decisions = await domain.decide([Ask(plans[0], questions[0].hits, False)])
@@ -91,7 +77,9 @@ class EnvoyService:
             over = [not decision.allowed for decision in decisions]
         response = RateLimitResponse(overall_code=OVER_LIMIT if any(over) else OK)
         for question, decision, denied in zip(questions, decisions, over, strict=True):
-            limit = domain.limits.of(question.tenant).get(decision.limit_id)
+            limit = question.override
+            if limit is None:
+                limit = domain.limits.of(question.tenant).get(decision.limit_id)
             _write_status(response.statuses.add(), decision, limit, denied)
         _write_headers(response, decisions, over)
         return response
@@ -113,44 +101,16 @@ class EnvoyService:
         ], over
 
 
-def _read(call: Call, request: Any) -> list[_Question]:
-    faults = Violations()
-    faults.text("domain", request.domain, max_bytes=128)
-    faults.count("descriptors", len(request.descriptors), at_least=1, at_most=100)
-    found = []
-    for index, descriptor in enumerate(request.descriptors):
-        facts = {
-            _NOT_IN_NAMES.sub("_", entry.key.lower()): entry.value for entry in descriptor.entries
-        }
-        tenant = facts.pop(TENANT, call.tenant)
-        field = f"descriptors[{index}]"
-        faults.matches(f"{field}.entries[tenant]", tenant, TENANT_PATTERN, TENANT_RULE)
-        check_facts(f"{field}.entries", facts, faults)
-        hits = request.hits_addend or 1
-        if descriptor.HasField("hits_addend"):
-            hits = min(descriptor.hits_addend.value, _MOST)
-        found.append(_Question(tenant, facts, hits))
-    faults.raise_if_any()
-    for question in found:
-        if not call.principal.may_speak_for(question.tenant):
-            raise MeshError(
-                grpc.StatusCode.PERMISSION_DENIED,
-                "TENANT_NOT_ALLOWED",
-                f"key {call.principal.name!r} may not speak for tenant {question.tenant!r}",
-                metadata={"tenant": question.tenant},
-            )
-    return found
-
-
 def _write_status(status: Any, decision: Decision, limit: Limit | None, denied: bool) -> None:
     status.code = OVER_LIMIT if denied else OK
     if limit is None:
         return
-    status.limit_remaining = 0 if denied else min(decision.remaining, _MOST)
+    status.limit_remaining = 0 if denied else min(decision.remaining, MOST_HITS)
     unit = limit.calendar.name if limit.calendar else _UNIT_OF.get(limit.period_s, "UNKNOWN")
-    status.current_limit.requests_per_unit = min(limit.amount, _MOST)
+    status.current_limit.requests_per_unit = min(limit.amount, MOST_HITS)
     status.current_limit.unit = UNITS[unit]
-    status.current_limit.name = limit.limit_id
+    if limit.source is not Source.REQUEST:
+        status.current_limit.name = limit.limit_id
     wait_s = decision.retry_after_s if denied else None
     set_duration(status.duration_until_reset, decision.reset_after_s if wait_s is None else wait_s)
 

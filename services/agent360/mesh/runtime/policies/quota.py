@@ -85,7 +85,10 @@ class LocalQuotaPolicy:
         return None
 
     async def _apply(self, group: Group, grant: Awaitable[Grant]) -> None:
-        apply_grant(group, await grant)
+        began = time.monotonic()
+        granted = await grant
+        group.call.waited_s = time.monotonic() - began
+        apply_grant(group, granted)
 
     def after(self, group: Group, code: grpc.StatusCode, count: int, duration_s: float) -> None:
         """Nothing: what was admitted stays charged."""

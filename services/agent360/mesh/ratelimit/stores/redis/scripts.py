@@ -1,4 +1,4 @@
-"""The one Lua script, put together from the files beside this module."""
+"""The Lua scripts, put together from the files beside this module."""
 
 from __future__ import annotations
 
@@ -11,11 +11,19 @@ _PARTS: Final = (
     "sliding_window",
     "fixed_window",
     "concurrency",
-    "operations",
 )
 
 
 def script_source() -> str:
     """What all algorithms share, each algorithm, and what carries out operations on them."""
+    return _put_together("operations")
+
+
+def usage_source() -> str:
+    """The same algorithms, and what adds and tells usage."""
+    return _put_together("usage")
+
+
+def _put_together(last: str) -> str:
     folder = files("agent360.mesh.ratelimit.stores.redis") / "lua"
-    return "".join((folder / f"{part}.lua").read_text() for part in _PARTS)
+    return "".join((folder / f"{part}.lua").read_text() for part in (*_PARTS, last))

@@ -3,38 +3,45 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import Coroutine, Mapping, Sequence
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, TypeVar
 
 import structlog
 
-from agent360.mesh.ratelimit.counts import CountKey, counts_of
+from agent360.mesh.ratelimit.counts import counts_of
 from agent360.mesh.ratelimit.decisions import Decision
-from agent360.mesh.ratelimit.domain import Ask
 from agent360.mesh.ratelimit.failures import reservation_unknown
 from agent360.mesh.ratelimit.limits import Limit, LimitSet
-from agent360.mesh.ratelimit.sharing import AWAY, Away, Decided, Run, SharedUsage
-from agent360.mesh.ratelimit.stores.redis.batch import Batch, results_of
-from agent360.mesh.ratelimit.stores.redis.keys import Count, Keys, spec_of
+from agent360.mesh.ratelimit.patience import in_slices
+from agent360.mesh.ratelimit.record_ids import Kind, require_kind
+from agent360.mesh.ratelimit.sharing import AWAY, Away, Decided, OnAdjusted, Run
+from agent360.mesh.ratelimit.stores.redis.answers import (
+    AllAway,
+    decision_of,
+    denied_by,
+    expanded,
+    joined,
+    joint_decision,
+)
+from agent360.mesh.ratelimit.stores.redis.batch import Batches, results_of
+from agent360.mesh.ratelimit.stores.redis.keys import Keys, counted_in, spec_of, version_of
+from agent360.mesh.ratelimit.stores.redis.places import (
+    Counts,
+    Part,
+    parts_of,
+    record_id,
+    tags_of,
+)
 from agent360.mesh.ratelimit.stores.redis.scripts import script_source
-from agent360.mesh.runtime.redis import Command, Redis
+from agent360.mesh.ratelimit.stores.redis.timeline import Timeline
+from agent360.mesh.runtime.redis import Redis
 
-_SLICES: Final = 8
-_MAX_LISTED: Final = 10_000
-_ASKED_AT_ONCE: Final = 200
-_COUNT_KEY_SIZE: Final = 4
-"""Parts of a count's key before the values of facts."""
+_SHARED_AT: Final = 3
+"""Where a row tells of counts of several tenants, if there are any."""
+_STALE: Final = -2
+"""In place of a result: the script has to be told of the limits anew."""
 
-Counts = tuple[Count, ...]
 T = TypeVar("T")
-
-
-class _Part(NamedTuple):
-    """The counts of one slot."""
-
-    tag: str
-    counts: Counts
 
 
 class RedisStore:
@@ -56,6 +63,7 @@ class RedisStore:
         answer_s: float,
         lease_ttl_s: float,
         records_kept_s: float,
+        timeline: Timeline | None = None,
     ) -> None:
         """Prepares a store.
 
@@ -66,6 +74,7 @@ class RedisStore:
             answer_s: how long replies are waited for.
             lease_ttl_s: longest time to live of a lease.
             records_kept_s: how long a reservation can be settled after its time to live.
+            timeline: what is known of the time; None: nothing yet.
         """
         self._redis = redis
         self._log = log
@@ -75,8 +84,13 @@ class RedisStore:
         self._lease_ttl_us = round(lease_ttl_s * 1e6)
         self._records_kept_s = records_kept_s
         self._clustered = redis.topology.clustered
+        self._timeline = timeline or Timeline()
+        self._limits: LimitSet | None = None
+        self._version = 0
         self._complained: set[str] = set()
         self._running: set[asyncio.Task[Any]] = set()
+        self.on_adjusted: OnAdjusted = lambda *_: None
+        """See ``SharedStore.on_adjusted``."""
 
     async def start(self) -> None:
         """Returns when the servers answer."""
@@ -87,9 +101,10 @@ class RedisStore:
         await self._redis.close()
 
     def counts(
-        self, limits: LimitSet, tenant: str, name: str, facts: Mapping[str, str], **choice: bool
+        self, limits: LimitSet, tenant: str, name: str, facts: Mapping[str, str], **choice: Any
     ) -> Counts:
         """The counts that a request is charged to."""
+        self._notice(limits)
         return tuple(
             self._keys.count(limit, key, tenant)
             for limit, key in counts_of(limits, tenant, name, facts, **choice)
@@ -106,14 +121,14 @@ class RedisStore:
         return await self._wholly(self._decide(runs))
 
     async def _decide(self, runs: Sequence[Run]) -> list[tuple[Decided, Sequence[str]] | Away]:
-        batches = _Batches(self._spec)
+        batches = Batches(self._spec)
         asked = [
             [(part, *batches.add_decide(part, *run)) for part in self._parts(run.ask.plan)]
             for run in runs
         ]
         results = await self._run(batches)
         found: list[tuple[Decided, Sequence[str]] | Away] = []
-        undo = _Batches(self._spec)
+        undo = Batches(self._spec)
         for run, parts in zip(runs, asked, strict=True):
             rows = [(part, results[tag][at]) for part, tag, at in parts]
             if len(rows) == 1:
@@ -121,38 +136,18 @@ class RedisStore:
                 if row is AWAY:
                     found.append(AWAY)
                 elif run.times > 1:
-                    found.append(_expanded(part, row, run))
+                    found.append(expanded(part, row, run))
                 else:
-                    found.append(((_decision(part, row),), _denied(part, row)))
+                    found.append(((decision_of(part, row),), denied_by(part, row)))
                 continue
-            decision = self._joined(rows, undo)
-            denied = [] if decision is AWAY else [each for row in rows for each in _denied(*row)]
-            found.append(AWAY if decision is AWAY else ((decision,), denied))
+            decision = joined(rows, undo.add_give_back)
+            if decision is AWAY:
+                found.append(AWAY)
+                continue
+            found.append(((decision,), [each for row in rows for each in denied_by(*row)]))
         if undo:
             await self._run(undo)
         return found
-
-    def _joined(self, rows: Sequence[tuple[_Part, Any]], undo: _Batches) -> Any:
-        """One decision of several parts; what was charged in vain is to be undone."""
-        granted = min((0 if row is AWAY else row[1]) for _, row in rows)
-        denied = any(row is AWAY or not row[0] for _, row in rows)
-        for part, row in rows:
-            if row is AWAY:
-                continue
-            excess = row[1] - (0 if denied else granted)
-            if excess > 0:
-                undo.add_give_back(part, excess, row[6], row[1])
-        if any(row is AWAY for _, row in rows):
-            return AWAY
-        decisions = [_decision(part, row) for part, row in rows]
-        if denied:
-            return max(
-                (each for each in decisions if not each.allowed),
-                key=lambda each: (each.retry_after_s is None, each.retry_after_s or 0.0),
-            )
-        tightest = min(decisions, key=lambda each: each.remaining + each.granted)
-        lower = next((each for each in decisions if each.granted == granted), tightest)
-        return tightest._replace(granted=granted, retry_after_s=lower.retry_after_s)
 
     # ---------------------------------------------------------------- token budgets
 
@@ -166,56 +161,68 @@ class RedisStore:
         self, tenant: str, name: str, counts: Counts, tokens: int, ttl_s: float, request_id: str
     ) -> tuple[Decision, str] | Away:
         parts = self._parts(counts)
-        reservation_id = _record_id(tenant, parts)
+        request = (name, request_id) if request_id else None
+        reservation_id = record_id(Kind.RESERVATION, tenant, parts, request)
         kept_ms = round((ttl_s + self._records_kept_s) * 1e3)
-        batches = _Batches(self._spec)
-        places = []
+        batches = Batches(self._spec)
         for part in parts:
             batch = batches.of(part.tag)
             which = batch.places(part.counts)
             record = batch.record(self._keys.record(part.tag, tenant, reservation_id))
-            request: Any = 0
-            if request_id:
-                request = batch.record(self._keys.request(part.tag, tenant, request_id, name))
-            places.append(batch.add("v", tokens, which, record, request, kept_ms, reservation_id))
+            batch.add("v", tokens, which, record, kept_ms, int(bool(request_id)), len(parts))
         results = await self._run(batches)
-        rows = [(part, results[part.tag][at]) for part, at in zip(parts, places, strict=True)]
-        if all(row is not AWAY and row[0][0] for _, row in rows):
-            decision = self._joined([(part, row[0]) for part, row in rows], _Batches(self._spec))
-            return decision, rows[0][1][1]
-        taken = [part for part, row in rows if row is not AWAY and row[0][0]]
+        rows = [(part, results[part.tag][0]) for part in parts]
+        away = any(row is AWAY for _, row in rows)
+        if not away and all(row[0] for _, row in rows):
+            return joint_decision(rows), reservation_id
+        taken = [part.tag for part, row in rows if row is not AWAY and row[0]]
         if taken:
-            await self._settle_parts(tenant, [part.tag for part in taken], reservation_id, 0)
-        if any(row is AWAY for _, row in rows):
-            return AWAY
-        _, row = next((part, row) for part, row in rows if not row[0][0])
-        part = next(part for part, each in rows if each is row)
-        return _decision(part, row[0]), ""
+            await self._on_records("x", tenant, taken, reservation_id)
+        return AWAY if away else (joint_decision(rows), "")
 
-    async def settle(self, tenant: str, reservation_id: str, tokens: int) -> Any:
-        """Replaces a reservation by what was used; (repeated, adjustment, remaining).
+    async def settle(
+        self, limits: LimitSet, tenant: str, reservation_id: str, tokens: int
+    ) -> tuple[bool, int, int] | Away:
+        """See ``SharedStore.settle``.
 
         Raises:
-            MeshError: NOT_FOUND; there is no such reservation of the tenant.
+            MeshError: NOT_FOUND; there is no such reservation of the tenant. FAILED_PRECONDITION;
+                the id is of something else.
         """
-        rows = await self._settle_parts(
-            tenant, _tags(tenant, reservation_id), reservation_id, tokens
-        )
+        require_kind(reservation_id, Kind.RESERVATION)
+        rows = await self._change("s", limits, tenant, reservation_id, tokens)
         if any(row is AWAY for row in rows):
             return AWAY
         if any(row[0] < 0 for row in rows):
             raise reservation_unknown(reservation_id)
         return bool(rows[0][0]), rows[0][1], min(row[2] for row in rows)
 
-    async def _settle_parts(
-        self, tenant: str, tags: Sequence[str], reservation_id: str, tokens: int
-    ) -> Any:
-        batches = _Batches(self._spec)
-        for tag in tags:
-            batch = batches.of(tag)
-            batch.add("s", batch.record(self._keys.record(tag, tenant, reservation_id)), tokens)
-        results = await self._run(batches)
-        return [results[tag][0] for tag in tags]
+    async def _change(
+        self, kind: str, limits: LimitSet, tenant: str, record: str, quantity: int
+    ) -> list[Any]:
+        """Settles or returns; a slot whose limits may have changed is told of them, asked again."""
+        self._notice(limits)
+        tags = tags_of(tenant, record)
+        rows = await self._on_records(kind, tenant, tags, record, quantity)
+        for at, (tag, row) in enumerate(zip(tags, rows, strict=True)):
+            if isinstance(row, list) and row[0] == _STALE:
+                told = self._told(limits, row[1])
+                (rows[at],) = await self._on_records(kind, tenant, [tag], record, quantity, told)
+        for row in rows:
+            if isinstance(row, list) and len(row) > _SHARED_AT:
+                for key, at_us in row[_SHARED_AT]:
+                    self.on_adjusted(limits, tenant, key, at_us, row[1])
+        return rows
+
+    def _told(self, limits: LimitSet, keys: Sequence[str]) -> dict[str, Sequence[Any]]:
+        """What the script is told of the counts whose limits still count so, by key."""
+        told = {}
+        for key in keys:
+            counted = counted_in(key)
+            limit = limits.find(*counted[:3])
+            if limit is not None and limit.kind == counted[3]:
+                told[key] = self._spec(limit)
+        return told
 
     # ---------------------------------------------------------------- leases
 
@@ -225,20 +232,24 @@ class RedisStore:
         if len(parts) > 1:
             return None
         (part,) = parts
-        lease_id = _record_id(tenant, parts)
-        batches = _Batches(self._spec)
+        lease_id = record_id(Kind.LEASE, tenant, parts)
+        batches = Batches(self._spec)
         batch = batches.of(part.tag)
         which = batch.places(part.counts)
         record = batch.record(self._keys.record(part.tag, tenant, lease_id))
-        batch.add("l", tokens, which, record, self._lease_ttl_us, lease_id)
+        batch.add("l", tokens, which, record, self._lease_ttl_us)
         row = (await self._run(batches))[part.tag][0]
         if row is AWAY:
             return AWAY
-        return _decision(part, row[0]), lease_id if row[0][0] else "", row[1]
+        return decision_of(part, row[0]), lease_id if row[0][0] else "", row[1]
 
-    async def return_lease(self, tenant: str, lease_id: str, unspent: int) -> int | Away:
+    async def return_lease(
+        self, limits: LimitSet, tenant: str, lease_id: str, unspent: int
+    ) -> int | Away:
         """Gives unspent tokens back, once; returns how many."""
-        return await self._on_record("b", tenant, lease_id, unspent)  # type: ignore[no-any-return]
+        require_kind(lease_id, Kind.LEASE)
+        rows = await self._change("b", limits, tenant, lease_id, unspent)
+        return _least([row[0] if isinstance(row, list) else row for row in rows])
 
     # ---------------------------------------------------------------- slots
 
@@ -252,8 +263,8 @@ class RedisStore:
         self, tenant: str, counts: Counts, slots: int, ttl_s: float
     ) -> tuple[Decision, str] | Away:
         parts = self._parts(counts)
-        slot_id = _record_id(tenant, parts)
-        batches = _Batches(self._spec)
+        slot_id = record_id(Kind.SLOTS, tenant, parts)
+        batches = Batches(self._spec)
         for part in parts:
             batch = batches.of(part.tag)
             which = batch.places(part.counts)
@@ -261,85 +272,45 @@ class RedisStore:
             batch.add("a", slots, which, record, round(ttl_s * 1e6), slot_id)
         results = await self._run(batches)
         rows = [(part, results[part.tag][0]) for part in parts]
-        if all(row is not AWAY and row[0] for _, row in rows):
-            return self._joined(rows, _Batches(self._spec)), slot_id
+        away = any(row is AWAY for _, row in rows)
+        if not away and all(row[0] for _, row in rows):
+            return joint_decision(rows), slot_id
         taken = [part.tag for part, row in rows if row is not AWAY and row[0]]
         if taken:
             await self._on_records("f", tenant, taken, slot_id)
-        if any(row is AWAY for _, row in rows):
-            return AWAY
-        part, row = next((part, row) for part, row in rows if not row[0])
-        return _decision(part, row), ""
+        return AWAY if away else (joint_decision(rows), "")
 
-    async def renew(self, tenant: str, slot_id: str, ttl_s: float | None) -> Any:
+    async def renew(self, tenant: str, slot_id: str, ttl_s: float | None) -> int | Away:
         """Keeps slots for longer; returns their time to live in us, below 0 if they came back."""
+        require_kind(slot_id, Kind.SLOTS)
         ttl_us = -1 if ttl_s is None else round(ttl_s * 1e6)
-        return await self._on_record("n", tenant, slot_id, ttl_us)
+        tags = tags_of(tenant, slot_id)
+        return _least(await self._on_records("n", tenant, tags, slot_id, ttl_us))
 
-    async def release(self, tenant: str, slot_id: str) -> Any:
+    async def release(self, tenant: str, slot_id: str) -> int | Away:
         """Gives slots back; 0 if they had come back."""
-        return await self._on_record("f", tenant, slot_id)
-
-    async def _on_record(self, kind: str, tenant: str, record_id: str, *rest: int) -> Any:
-        rows = await self._on_records(kind, tenant, _tags(tenant, record_id), record_id, *rest)
-        return AWAY if any(row is AWAY for row in rows) else min(rows)
+        require_kind(slot_id, Kind.SLOTS)
+        return _least(await self._on_records("f", tenant, tags_of(tenant, slot_id), slot_id))
 
     async def _on_records(
-        self, kind: str, tenant: str, tags: Sequence[str], record_id: str, *rest: int
+        self, kind: str, tenant: str, tags: Sequence[str], record: str, *rest: Any
     ) -> list[Any]:
-        batches = _Batches(self._spec)
+        batches = Batches(self._spec)
         for tag in tags:
             batch = batches.of(tag)
-            batch.add(kind, batch.record(self._keys.record(tag, tenant, record_id)), *rest)
+            batch.add(kind, batch.record(self._keys.record(tag, tenant, record)), *rest)
         results = await self._run(batches)
         return [results[tag][0] for tag in tags]
 
-    # ---------------------------------------------------------------- usage
-
-    async def usage(
-        self, limits: LimitSet, tenant: str, key: CountKey | None
-    ) -> list[SharedUsage] | Away:
-        """See ``SharedStore.usage``."""
-        keys = await self._listed(tenant) if key is None else [key]
-        if keys is AWAY:
-            return AWAY
-        counts = []
-        for counted in keys:
-            limit = limits.find(*counted[:3])
-            if limit is not None and _counts_for(limit, counted):
-                counts.append((self._keys.count(limit, counted, tenant), counted))
-        found: list[SharedUsage] = []
-        for first in range(0, len(counts), _ASKED_AT_ONCE):
-            chunk = counts[first : first + _ASKED_AT_ONCE]
-            batches = _Batches(self._spec)
-            batch = batches.of(tenant)
-            for count, _ in chunk:
-                batch.add("u", batch.place(count))
-            rows = (await self._run(batches))[tenant]
-            if isinstance(rows, _AllAway):
-                return AWAY
-            for (count, counted), (room, reset_us) in zip(chunk, rows, strict=True):
-                found.append(SharedUsage(count.limit, counted, room, reset_us))
-        return found
-
-    async def _listed(self, tenant: str) -> list[CountKey] | Away:
-        index = self._keys.index(tenant)
-        listing = Command(index.encode(), ("ZREVRANGE", index, 0, _MAX_LISTED - 1))
-        (reply,) = await self._redis.run([listing], repeatable=True)
-        if isinstance(reply, Exception):
-            return self._away(reply)
-        keys = [self._keys.counted(name.decode()) for name in reply]
-        return [key for key in keys if len(key) >= _COUNT_KEY_SIZE]
-
     # ---------------------------------------------------------------- within
 
-    def _parts(self, counts: Counts) -> list[_Part]:
-        if not self._clustered:
-            return [_Part(counts[0].tag, counts)]
-        by_tag: dict[str, list[Count]] = {}
-        for count in counts:
-            by_tag.setdefault(count.tag, []).append(count)
-        return [_Part(tag, tuple(part)) for tag, part in by_tag.items()]
+    def _parts(self, counts: Counts) -> list[Part]:
+        return parts_of(counts, clustered=self._clustered)
+
+    def _notice(self, limits: LimitSet) -> None:
+        if limits is not self._limits:
+            self._limits = limits
+            self._version = version_of(limits)
 
     def _spec(self, limit: Limit) -> Sequence[Any]:
         """What the script is told of a limit."""
@@ -356,130 +327,35 @@ class RedisStore:
         task.add_done_callback(self._running.discard)
         return await asyncio.shield(task)
 
-    async def _run(self, batches: _Batches) -> Mapping[str, Sequence[Any]]:
+    async def _run(self, batches: Batches) -> Mapping[str, Sequence[Any]]:
         """The results by tag; AWAY for all operations of a tag whose server is away."""
         tags = list(batches.by_tag)
-        commands = [batches.by_tag[tag].command(self._script) for tag in tags]
-        task = asyncio.ensure_future(self._redis.run(commands))
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
-        # In slices: a process that could not run for a while has not waited.
-        for _ in range(_SLICES):
-            done, _ = await asyncio.wait((task,), timeout=self._answer_s / _SLICES)
-            if done:
-                break
-        else:
-            return {tag: _AllAway(self._away(TimeoutError("no reply in time"))) for tag in tags}
-        return {
-            tag: _AllAway(self._away(reply)) if isinstance(reply, Exception) else results_of(reply)
-            for tag, reply in zip(tags, task.result(), strict=True)
-        }
+        commands = [
+            batches.by_tag[tag].command(self._script, self._version, self._timeline.now_us())
+            for tag in tags
+        ]
+        replies = await in_slices(self._redis.run(commands), self._answer_s)
+        if replies is AWAY:
+            self._complain(TimeoutError("no reply in time"))
+            return dict.fromkeys(tags, AllAway())
+        return dict(zip(tags, map(self._results, replies), strict=True))
 
-    def _away(self, error: Exception) -> Away:
+    def _results(self, reply: Any) -> Sequence[Any]:
+        if isinstance(reply, Exception):
+            self._complain(reply)
+            return AllAway()
+        results, now_us = results_of(reply)
+        self._timeline.note(now_us)
+        return results
+
+    def _complain(self, error: Exception) -> None:
         text = f"{type(error).__name__}: {error}"
         kind = text[:60]
         if kind not in self._complained and len(self._complained) < 100:
             self._complained.add(kind)
             self._log.warning("the shared store does not serve", error=text)
-        return AWAY
 
 
-def _counts_for(limit: Limit, key: CountKey) -> bool:
-    """Whether a count is of one tenant, and is not of a limit that has changed since."""
-    whole = len(key) == _COUNT_KEY_SIZE + len(limit.per)
-    return whole and limit.kind == key[3] and limit.tenants_apart
-
-
-class _Batches:
-    """Batches by tag."""
-
-    def __init__(self, spec: Any) -> None:
-        self._spec = spec
-        self.by_tag: dict[str, Batch] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self.by_tag)
-
-    def of(self, tag: str) -> Batch:
-        """The batch of a tag."""
-        batch = self.by_tag.get(tag)
-        if batch is None:
-            batch = self.by_tag[tag] = Batch(self._spec)
-        return batch
-
-    def add_decide(self, part: _Part, ask: Ask, times: int) -> tuple[str, int]:
-        """Adds decisions; returns where their result will be."""
-        batch = self.of(part.tag)
-        places = batch.places(part.counts)
-        if times > 1:
-            return part.tag, batch.add("m", ask.hits, places, times)
-        return part.tag, batch.add("d", ask.hits, int(ask.allow_partial), places)
-
-    def add_give_back(self, part: _Part, hits: int, marks: Sequence[int], charged: int) -> None:
-        """Adds the undoing of a charge."""
-        batch = self.of(part.tag)
-        batch.add("g", hits, batch.places(part.counts), list(marks), charged)
-
-
-class _AllAway(Sequence[Any]):
-    """The results of operations whose server is away, however many."""
-
-    def __init__(self, away: Away) -> None:
-        self._away = away
-
-    def __len__(self) -> int:
-        return 0
-
-    def __getitem__(self, at: Any) -> Any:
-        return self._away
-
-
-def _decision(part: _Part, row: Sequence[Any]) -> Decision:
-    allowed, granted, remaining, tightest, reset_us, retry_us = row[:6]
-    limit = part.counts[tightest - 1].limit
-    return Decision(
-        bool(allowed),
-        granted,
-        remaining,
-        limit.size,
-        reset_us / 1e6,
-        None if retry_us < 0 else retry_us / 1e6,
-        limit.limit_id,
-    )
-
-
-def _expanded(part: _Part, row: Sequence[Any], run: Run) -> tuple[Decided, Sequence[str]]:
-    """The decisions on a run, of which the first so many were allowed."""
-    fit, room, tightest, reset_us, retry_us, denier, denier_reset_us = row
-    hits, limit = run.ask.hits, part.counts[tightest - 1].limit
-    size, limit_id, reset_s = limit.size, limit.limit_id, reset_us / 1e6
-    decisions = [
-        Decision(True, hits, room - done * hits, size, reset_s, None, limit_id)
-        for done in range(1, fit + 1)
-    ]
-    missing = run.times - fit
-    if not missing:
-        return decisions, ()
-    wait_s = None if retry_us < 0 else retry_us / 1e6
-    left = max(0, room - fit * hits)
-    limit = part.counts[denier - 1].limit
-    denial = Decision(False, 0, left, limit.size, denier_reset_us / 1e6, wait_s, limit.limit_id)
-    return [*decisions, *[denial] * missing], [limit.limit_id] * missing
-
-
-def _denied(part: _Part, row: Sequence[Any]) -> Sequence[str]:
-    return [part.counts[at - 1].limit.limit_id for at in row[7]] if row[7] else ()
-
-
-def _record_id(tenant: str, parts: Sequence[_Part]) -> str:
-    """A name that says in which slots the record is."""
-    tags = [part.tag for part in parts]
-    head = "t" if tenant in tags else "g"
-    return head + secrets.token_urlsafe(12) + "".join(tag for tag in tags if tag != tenant)
-
-
-def _tags(tenant: str, record_id: str) -> list[str]:
-    """The tags in a record's name."""
-    head, *others = record_id.split("~")
-    own = [tenant] if head.startswith("t") or not others else []
-    return [*own, *(f"~{limit_id[:128]}" for limit_id in others[:16])]
+def _least(rows: Sequence[int | Away]) -> int | Away:
+    found = [row for row in rows if row is not AWAY]
+    return min(found) if len(found) == len(rows) else AWAY

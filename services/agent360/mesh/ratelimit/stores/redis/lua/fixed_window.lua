@@ -1,7 +1,6 @@
 -- The twin of FixedWindow. State: start, end, used.
-do
+function definitions.f()
   local A = {}
-  algorithms.f = A
 
   function A.new() return {0, 0, 0} end
 
@@ -14,10 +13,14 @@ do
     for i = 6, n - 1 do
       if at < c[i + 1] then return c[i], c[i + 1] end
     end
-    return c[n], c[n] + (c[n] - c[n - 1])
+    -- Later than any that were told: as long as the last of them.
+    local length = c[n] - c[n - 1]
+    local start = c[n] + floor((at - c[n]) / length) * length
+    return start, start + length
   end
 
   local function turn(s, c)
+    if s[1] > now then catch_up(s[1]) end
     if s[1] <= now and now < s[2] then return end
     local start, stop = window(c, now)
     if start < s[1] and s[3] > 0 then
@@ -69,4 +72,6 @@ do
   end
 
   function A.keep_us(s) return s[2] - now end
+
+  return A
 end

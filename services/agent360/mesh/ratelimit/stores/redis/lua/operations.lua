@@ -1,22 +1,28 @@
--- Carries out operations in their order; each count is read once, and written once if it has changed. Answers the packed list of their results.
+-- Carries out operations in their order, ARGV[1] being {counts, operations, version of the limits}; each count is read once, and
+-- written once if it has changed. Answers the packed list of their results, and the time.
 --
--- {'d', hits, partial, counts}                             decide
--- {'m', hits, counts, times}                               decide the same so many times; {allowed, room before, tightest, reset_us,
---                                                          retry_us, denier, its reset_us}; not in part, and not in shadow mode
--- {'g', hits, counts, marks, charged}                      give back some of the hits charged
--- {'v', tokens, counts, record, request, kept_ms, id}      reserve; request: 0 or the key of the request id
--- {'s', record, tokens}                                    settle
--- {'l', tokens, counts, record, ttl_us, id}                lease
--- {'b', record, unspent}                                   return a lease
--- {'a', slots, counts, record, ttl_us, id}                 acquire
--- {'n', record, ttl_us}                                    renew; -1: as acquired
--- {'f', record}                                            release
--- {'u', count}                                             usage
+-- {'d', hits, partial, counts}                 decide
+-- {'m', hits, counts, times}                   decide the same so many times; {allowed, room before, tightest, reset_us, retry_us,
+--                                              denier, its reset_us}; not in part, and not in shadow mode
+-- {'g', hits, counts, marks, charged}          give back some of the hits charged
+-- {'v', tokens, counts, record, kept_ms, named, parts}
+--                                              reserve; named: the record may be there, as its name was made from the request's id
+-- {'x', record}                                withdraw a reservation that another slot has denied
+-- {'s', record, tokens, counts}                settle; counts: by key, those that have changed
+-- {'l', tokens, counts, record, ttl_us}        lease
+-- {'b', record, unspent, counts}               return a lease; counts as of settle
+-- {'a', slots, counts, record, ttl_us, id}     acquire
+-- {'n', record, ttl_us}                        renew; -1: as acquired
+-- {'f', record}                                release
 --
 -- A decision is {allowed, granted, remaining, tightest, reset_us, retry_us, marks, denied}; tightest is the position of a count in
--- the operation's list; retry_us: -1 none, -2 never; denied: positions of what denied or, in shadow mode, would have.
+-- the operation's list; retry_us: -1 none, -2 never; denied: positions of what denied or, in shadow mode, would have. One that was
+-- made before goes on with the tightest count's key and most hits at once: the list may have changed.
+--
+-- Records: {tokens, settled, charges, version, attempts, decision} of a reservation, {tokens, ends, charges, version} of a lease,
+-- {slots, ttl_us, charges, id} of slots; charges is a list of {key, count, mark}.
 local request = cmsgpack.unpack(ARGV[1])
-local counts, operations = request[1], request[2]
+local counts, operations, version = request[1], request[2], request[3]
 local loaded, counted, dirty = {}, {}, {}
 
 local function base_of(key) return string.sub(key, 1, string.find(key, '}', 1, true)) end
@@ -49,7 +55,7 @@ local function save()
   for key, s in pairs(loaded) do
     if dirty[key] or (s.moved and not s.fresh) then
       local c = counted[key]
-      local keep_ms = ceil(algorithms[c[1]].keep_us(s, c) / 1000) + SPARE_MS
+      local keep_ms = max(0, ceil(algorithms[c[1]].keep_us(s, c) / 1000)) + SPARE_MS
       if s.fresh then index(key, keep_ms) end
       s.fresh, s.moved = nil, nil
       redis.call('SET', key, cmsgpack.pack(s), 'PX', keep_ms)
@@ -60,19 +66,19 @@ end
 -- room, wait and reset of any count
 local function room_of(i)
   local c, key = counts[i], KEYS[i]
-  if c[1] == 'c' then return pools.room(key, c) end
+  if c[1] == 'c' then return algorithms.c.room(key, c) end
   return algorithms[c[1]].room(state_of(key, c), c)
 end
 
 local function wait_of(i, hits)
   local c, key = counts[i], KEYS[i]
-  if c[1] == 'c' then return pools.wait(key, c, hits) end
+  if c[1] == 'c' then return algorithms.c.wait(key, c, hits) end
   return algorithms[c[1]].wait(state_of(key, c), c, hits)
 end
 
 local function reset_of(i)
   local c, key = counts[i], KEYS[i]
-  if c[1] == 'c' then return pools.reset(key) end
+  if c[1] == 'c' then return algorithms.c.reset(key) end
   return algorithms[c[1]].reset(state_of(key, c), c)
 end
 
@@ -118,33 +124,6 @@ local function charge_rate(i, granted)
   return algorithms[c[1]].take(state_of(key, c), c, granted)
 end
 
--- What a record remembers of its counts: {key, count, mark}...
-local function charged(which, marks)
-  local rows = {}
-  for n, i in ipairs(which) do rows[n] = {KEYS[i], counts[i], marks[n]} end
-  return rows
-end
-
-local function adjust(rows, adjustment, tokens)
-  for _, row in ipairs(rows) do
-    local key, c, mark = row[1], row[2], row[3]
-    local s = state_of(key, c)
-    if adjustment > 0 then
-      algorithms[c[1]].take(s, c, adjustment)
-    elseif adjustment < 0 then
-      algorithms[c[1]].give_back(s, c, -adjustment, mark, tokens)
-    end
-    touch(key)
-  end
-end
-
-local function put(key, record, keep_ms) redis.call('SET', key, cmsgpack.pack(record), 'PX', max(1, keep_ms)) end
-
-local function get(key)
-  local raw = redis.call('GET', key)
-  return raw and cmsgpack.unpack(raw)
-end
-
 local run = {}
 
 function run.d(op) return decide(op[2], op[3] == 1, op[4], charge_rate) end
@@ -184,119 +163,215 @@ function run.g(op)
   return {}
 end
 
-function run.v(op)
-  if op[5] > 0 then
-    local known = get(KEYS[op[5]])
-    if known then return known end
+-- Defines the operations on records; see prelude.lua.
+local function define_the_others()
+  local function charged(which, marks)
+    local rows = {}
+    for n, i in ipairs(which) do rows[n] = {KEYS[i], counts[i], marks[n]} end
+    return rows
   end
-  local decision = decide(op[2], false, op[3], charge_rate)
-  local result = {decision, op[7]}
-  if decision[1] == 1 then
-    put(KEYS[op[4]], {op[2], 0, charged(op[3], decision[7])}, op[6])
-    if op[5] > 0 then put(KEYS[op[5]], result, op[6]) end
-  end
-  return result
-end
 
-function run.s(op)
-  local key = KEYS[op[2]]
-  local record = get(key)
-  if not record then return {-1, 0, 0} end
-  local adjustment, repeated = 0, record[2] == 1
-  if not repeated then
-    adjustment = op[3] - record[1]
-    adjust(record[3], adjustment, record[1])
-    record[2] = 1
-    put(key, record, redis.call('PTTL', key))
-  end
-  local least
-  for _, row in ipairs(record[3]) do
-    local c = row[2]
-    if c[2] == 0 then
-      local room = algorithms[c[1]].room(state_of(row[1], c), c)
-      if not least or room < least then least = room end
+  local function adjust(rows, adjustment, tokens)
+    for _, row in ipairs(rows) do
+      local key, c, mark = row[1], row[2], row[3]
+      local s = state_of(key, c)
+      if adjustment > 0 then
+        algorithms[c[1]].take(s, c, adjustment)
+      elseif adjustment < 0 then
+        algorithms[c[1]].give_back(s, c, -adjustment, mark, tokens)
+      end
+      touch(key)
     end
   end
-  return {repeated and 1 or 0, adjustment, max(0, least or 0)}
-end
 
-function run.l(op)
-  local least
-  for _, i in ipairs(op[3]) do
-    if counts[i][2] == 0 then
-      local room = room_of(i)
-      if not least or room < least then least = room end
+  -- The counts of several tenants among those of a record, and when they were charged; nil if there are none.
+  local function shared_of(rows)
+    local found
+    for _, row in ipairs(rows) do
+      local key, c, at = row[1], row[2], row[3]
+      if string.find(key, ':{~', 1, true) then
+        if c[1] == 's' then at = at * ceil(c[4] / SLOTS) end
+        found = found or {}
+        found[#found + 1] = {key, at}
+      end
     end
+    return found
   end
-  local wanted = op[2]
-  if least then wanted = min(wanted, max(1, floor(least / 4))) end
-  local decision = decide(wanted, false, op[3], charge_rate)
-  if decision[1] == 0 then return {decision, 0} end
-  local ttl_us = op[5]
-  for _, i in ipairs(op[3]) do
-    local c = counts[i]
-    local spendable = algorithms[c[1]].lease_us(state_of(KEYS[i], c), c)
-    if spendable then ttl_us = min(ttl_us, spendable) end
+
+  local function put(key, record, keep_ms) redis.call('SET', key, cmsgpack.pack(record), 'PX', max(1, keep_ms)) end
+
+  local function get(key)
+    local raw = redis.call('GET', key)
+    return raw and cmsgpack.unpack(raw)
   end
-  local kept_us = ttl_us + op[5]
-  put(KEYS[op[4]], {wanted, now + kept_us, charged(op[3], decision[7])}, ceil(kept_us / 1000))
-  return {decision, ttl_us}
-end
 
-function run.b(op)
-  local key = KEYS[op[2]]
-  local record = get(key)
-  if not record then return 0 end
-  redis.call('DEL', key)
-  if now >= record[2] then return 0 end
-  local returned = min(op[3], record[1])
-  adjust(record[3], -returned, record[1])
-  return returned
-end
-
-function run.a(op)
-  local ttl_us, id = op[5], op[6]
-  local decision = decide(op[2], false, op[3], function(i, granted)
-    local key = KEYS[i]
-    if redis.call('EXISTS', key) == 0 then index(key, ceil(ttl_us / 1000) + SPARE_MS) end
-    pools.hold(key, id, granted, ttl_us)
-    return 0
-  end)
-  if decision[1] == 1 then
-    put(KEYS[op[4]], {op[2], ttl_us, charged(op[3], decision[7]), id}, ceil(ttl_us / 1000) + SPARE_MS)
+  function run.v(op)
+    local key, parts = KEYS[op[4]], op[7]
+    local record = op[6] == 1 and get(key)
+    if record then
+      if parts > 1 then
+        record[5] = record[5] + 1
+        put(key, record, redis.call('PTTL', key))
+      end
+      return record[6]
+    end
+    local decision = decide(op[2], false, op[3], charge_rate)
+    if decision[1] == 1 then
+      local known = 0
+      if op[6] == 1 then
+        local i = op[3][decision[4]]
+        known = {unpack(decision)}
+        known[9] = KEYS[i]
+        known[10] = counts[i][5] or counts[i][3]
+      end
+      put(key, {op[2], 0, charged(op[3], decision[7]), version, 1, known}, op[5])
+    end
+    return decision
   end
-  return decision
-end
 
-function run.n(op)
-  local key = KEYS[op[2]]
-  local record = get(key)
-  if not record then return -1 end
-  local ttl_us, all = op[3], true
-  if ttl_us < 0 then ttl_us = record[2] end
-  for _, row in ipairs(record[3]) do
-    if not pools.renew(row[1], record[4], record[1], ttl_us) then all = false end
+  -- The record stays while an attempt of the same request that was not denied may rely on it.
+  function run.x(op)
+    local key = KEYS[op[2]]
+    local record = get(key)
+    if not record then return 0 end
+    record[5] = record[5] - 1
+    if record[5] > 0 or record[2] == 1 then
+      put(key, record, redis.call('PTTL', key))
+    else
+      adjust(record[3], -record[1], record[1])
+      redis.call('DEL', key)
+    end
+    return 1
   end
-  if not all then return -1 end
-  put(key, record, ceil(ttl_us / 1000) + SPARE_MS)
-  return ttl_us
-end
 
-function run.f(op)
-  local key = KEYS[op[2]]
-  local record = get(key)
-  if not record then return 0 end
-  redis.call('DEL', key)
-  local all = 1
-  for _, row in ipairs(record[3]) do
-    if not pools.release(row[1], record[4], record[1]) then all = 0 end
+  -- The keys of a record's counts, if their limits may have changed since it was made, or their calendar's windows are not known so
+  -- late; nil otherwise. Where the operation tells of them (a map of counts by key), they are taken over.
+  local function outdated(record, told)
+    if told then
+      for _, row in ipairs(record[3]) do row[2] = told[row[1]] or row[2] end
+      record[4] = version
+      return nil
+    end
+    local stale = record[4] ~= version
+    for _, row in ipairs(record[3]) do
+      local c = row[2]
+      if #c > 6 and now >= c[#c] then stale = true end
+    end
+    if not stale then return nil end
+    local keys = {}
+    for n, row in ipairs(record[3]) do keys[n] = row[1] end
+    return keys
   end
-  return all
-end
 
-function run.u(op) return {room_of(op[2]), reset_of(op[2])} end
+  function run.s(op)
+    local key = KEYS[op[2]]
+    local record = get(key)
+    if not record then return {-1, 0, 0} end
+    local stale = outdated(record, op[4])
+    if stale then return {-2, stale} end
+    local adjustment, repeated = 0, record[2] == 1
+    if not repeated then
+      adjustment = op[3] - record[1]
+      adjust(record[3], adjustment, record[1])
+      record[2] = 1
+      put(key, record, redis.call('PTTL', key))
+    end
+    local least
+    for _, row in ipairs(record[3]) do
+      local c = row[2]
+      if c[2] == 0 then
+        local room = algorithms[c[1]].room(state_of(row[1], c), c)
+        if not least or room < least then least = room end
+      end
+    end
+    return {repeated and 1 or 0, adjustment, max(0, least or 0), adjustment ~= 0 and shared_of(record[3]) or nil}
+  end
+
+  function run.l(op)
+    local least
+    for _, i in ipairs(op[3]) do
+      if counts[i][2] == 0 then
+        local room = room_of(i)
+        if not least or room < least then least = room end
+      end
+    end
+    local wanted = op[2]
+    if least then wanted = min(wanted, max(1, floor(least / 4))) end
+    local decision = decide(wanted, false, op[3], charge_rate)
+    if decision[1] == 0 then return {decision, 0} end
+    local ttl_us = op[5]
+    for _, i in ipairs(op[3]) do
+      local c = counts[i]
+      local spendable = algorithms[c[1]].lease_us(state_of(KEYS[i], c), c)
+      if spendable then ttl_us = min(ttl_us, spendable) end
+    end
+    local kept_us = ttl_us + op[5]
+    put(KEYS[op[4]], {wanted, now + kept_us, charged(op[3], decision[7]), version}, ceil(kept_us / 1000))
+    return {decision, ttl_us}
+  end
+
+  function run.b(op)
+    local key = KEYS[op[2]]
+    local record = get(key)
+    if not record then return 0 end
+    if now >= record[2] then
+      redis.call('DEL', key)
+      return 0
+    end
+    local stale = outdated(record, op[4])
+    if stale then return {-2, stale} end
+    redis.call('DEL', key)
+    local returned = min(op[3], record[1])
+    adjust(record[3], -returned, record[1])
+    return {returned, -returned, 0, shared_of(record[3])}
+  end
+
+  function run.a(op)
+    local ttl_us, id = op[5], op[6]
+    local decision = decide(op[2], false, op[3], function(i, granted)
+      local key = KEYS[i]
+      if redis.call('ZCARD', key) <= 1 then index(key, ceil(ttl_us / 1000) + SPARE_MS) end
+      algorithms.c.hold(key, id, granted, ttl_us)
+      return 0
+    end)
+    if decision[1] == 1 then
+      put(KEYS[op[4]], {op[2], ttl_us, charged(op[3], decision[7]), id}, ceil(ttl_us / 1000) + SPARE_MS)
+    end
+    return decision
+  end
+
+  function run.n(op)
+    local key = KEYS[op[2]]
+    local record = get(key)
+    if not record then return -1 end
+    local ttl_us, all = op[3], true
+    if ttl_us < 0 then ttl_us = record[2] end
+    for _, row in ipairs(record[3]) do
+      if not algorithms.c.renew(row[1], record[4], record[1], ttl_us) then all = false end
+    end
+    if not all then return -1 end
+    put(key, record, ceil(ttl_us / 1000) + SPARE_MS)
+    return ttl_us
+  end
+
+  function run.f(op)
+    local key = KEYS[op[2]]
+    local record = get(key)
+    if not record then return 0 end
+    redis.call('DEL', key)
+    local all = 1
+    for _, row in ipairs(record[3]) do
+      if not algorithms.c.release(row[1], record[4], record[1]) then all = 0 end
+    end
+    return all
+  end
+end
 
 local results = {}
-for n, op in ipairs(operations) do results[n] = run[op[1]](op) end
+for n, op in ipairs(operations) do
+  if not run[op[1]] then define_the_others() end
+  results[n] = run[op[1]](op)
+end
 save()
+results[#results + 1] = now
 return cmsgpack.pack(results)

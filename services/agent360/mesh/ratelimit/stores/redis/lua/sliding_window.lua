@@ -1,7 +1,6 @@
 -- The twin of SlidingWindow. State: used, then slot, count, slot, count...
-do
+function definitions.s()
   local A = {}
-  algorithms.s = A
 
   function A.new() return {0} end
 
@@ -10,8 +9,9 @@ do
   local function forgotten_at(c, slot) return (slot + 1) * width(c) + c[4] end
 
   local function slide(s, c)
-    local slot = floor(now / width(c))
     local n = #s
+    if n > 1 then catch_up(s[n - 1] * width(c)) end
+    local slot = floor(now / width(c))
     if n > 1 and s[n - 1] > slot then
       local ahead = s[n - 1] - slot
       for i = 2, n, 2 do s[i] = s[i] - ahead end
@@ -80,4 +80,6 @@ do
   end
 
   function A.keep_us(_, c) return c[4] + width(c) end
+
+  return A
 end
