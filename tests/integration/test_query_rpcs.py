@@ -243,7 +243,7 @@ async def test_a_mask_leaves_only_what_it_names() -> None:
 
 
 def test_groups_with_many_points_come_in_smaller_pages() -> None:
-    column = np.zeros(20_000)
+    column = np.zeros(80_000)
     groups = [
         Group((("n", str(n)),), "", column.astype(np.int64), column[:, None], column)
         for n in range(5)

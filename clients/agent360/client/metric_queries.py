@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple, overload
 
 from msgspec import Struct
 
@@ -163,51 +161,81 @@ class Point(Struct, frozen=True, gc=False):
     """One for each of ``compare_to``."""
 
 
-@dataclass(frozen=True, slots=True)
 class MetricGroup:
-    """Series that were put together, with a point for each step that has samples."""
+    """Series that were put together, with a point for each step that has samples.
 
-    labels: Mapping[str, str]
-    """The labels they share, of those in ``group_by``."""
-    unit: str
-    """Unit of the values."""
-    points: tuple[Point, ...]
-    """In the order of time."""
+    Example:
+        >>> [point.value for point in group.points] == list(group.values)
+        True
+    """
 
+    __slots__ = ("_message", "labels", "unit")
 
-def read_group(message: pb.Group) -> MetricGroup:
-    """A group from the contract's columns; of columns that a mask left out all is zero."""
-    size = max(len(message.times_s), len(message.counts), len(message.values))
-    width = len(message.quantiles) // size if size else 0
-    times = message.times_s or itertools.repeat(0, size)
-    counts = message.counts or itertools.repeat(0, size)
-    quantiles = _rows(message.quantiles, width, size)
-    values = message.values or [row[0] if row else 0.0 for row in quantiles]
-    trends = [
-        [
-            PointTrend(trend.offset.ToTimedelta(), was, ratio)
-            for was, ratio in zip(
-                _rows(trend.values, max(width, 1), size),
-                _rows(trend.ratios, max(width, 1), size),
-                strict=True,
-            )
-        ]
-        for trend in message.trends
-    ]
-    rows = zip(*trends, strict=True) if trends else itertools.repeat((), size)
-    return MetricGroup(
-        dict(message.labels),
-        message.unit,
-        tuple(
-            Point(datetime.fromtimestamp(time_s, UTC), value, row, count, tuple(compared))
-            for time_s, value, row, count, compared in zip(
-                times, values, quantiles, counts, rows, strict=True
-            )
-        ),
-    )
+    def __init__(self, message: pb.Group) -> None:
+        self._message = message
+        self.labels: Mapping[str, str] = dict(message.labels)
+        """The labels they share, of those in ``group_by``."""
+        self.unit = message.unit
+        """Unit of the values."""
+
+    @property
+    def points(self) -> Sequence[Point]:
+        """In the order of time; each is made when it is asked for."""
+        return _Points(self._message)
+
+    @property
+    def times_s(self) -> Sequence[int]:
+        """Starts of the steps, in seconds since 1970: a column, for many points."""
+        return self._message.times_s
+
+    @property
+    def values(self) -> Sequence[float]:
+        """The values; of quantiles all of the first point, then all of the second: a column."""
+        return self._message.quantiles or self._message.values
 
 
-def _rows(column: Sequence[float], width: int, size: int) -> list[tuple[float, ...]]:
-    if not width:
-        return [()] * size
-    return [tuple(column[place : place + width]) for place in range(0, size * width, width)]
+class _Points(Sequence[Point]):
+    """The points of a group; of columns that a read mask left out all is zero."""
+
+    def __init__(self, message: pb.Group) -> None:
+        self._message = message
+        columns = (message.times_s, message.counts, message.values)
+        self._size = max(len(column) for column in columns)
+        self._width = len(message.quantiles) // self._size if self._size else 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    @overload
+    def __getitem__(self, place: int) -> Point: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[Point]: ...
+
+    def __getitem__(self, place: int | slice) -> Point | list[Point]:
+        if isinstance(place, slice):
+            return [self._point(each) for each in range(*place.indices(self._size))]
+        if not -self._size <= place < self._size:
+            raise IndexError("there is no such point")
+        return self._point(place % self._size)
+
+    def _point(self, place: int) -> Point:
+        message, width = self._message, self._width
+        quantiles = tuple(message.quantiles[place * width : (place + 1) * width])
+        if quantiles:
+            value = quantiles[0]
+        else:
+            value = message.values[place] if message.values else 0.0
+        row = slice(place * max(width, 1), (place + 1) * max(width, 1))
+        return Point(
+            datetime.fromtimestamp(message.times_s[place] if message.times_s else 0, UTC),
+            value,
+            quantiles,
+            message.counts[place] if message.counts else 0,
+            tuple(
+                PointTrend(
+                    trend.offset.ToTimedelta(), tuple(trend.values[row]), tuple(trend.ratios[row])
+                )
+                for trend in message.trends
+            ),
+        )

@@ -13,7 +13,7 @@ from agent360.client.alerts import silence_of
 from agent360.client.coalescer import Coalescer, Wire
 from agent360.client.context import current_scope
 from agent360.client.errors import MeshError
-from agent360.client.metric_queries import LabelMatch, MetricGroup, matcher_messages, read_group
+from agent360.client.metric_queries import LabelMatch, MetricGroup, matcher_messages
 from agent360.client.reporter import Reporter, Series
 from agent360.client.watching import is_refusal, next_response, pause
 from agent360.metrics.v1 import metrics_pb2
@@ -130,7 +130,7 @@ class MetricsClient:
                 "Query", request, metrics_pb2.QueryResponse, timeout, tenant
             )
             for group in page.groups:
-                yield read_group(group)
+                yield MetricGroup(group)
             if not page.next_page_token:
                 return
             request.page_token = page.next_page_token
@@ -171,7 +171,7 @@ class MetricsClient:
                     news: metrics_pb2.WatchResponse = await next_response(call, _MAX_SILENCE_S)
                     failures = 0
                     if news.groups:
-                        yield [read_group(group) for group in news.groups]
+                        yield [MetricGroup(group) for group in news.groups]
             except MeshError as error:
                 if is_refusal(error) or error.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
                     raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
@@ -26,7 +27,7 @@ from agent360.mesh.runtime.pages import (
 from agent360.mesh.runtime.validation import Violations, seconds_of
 from agent360.metrics.v1 import metrics_pb2 as pb
 
-_PAGE_POINTS: Final = 50_000
+_PAGE_POINTS: Final = 200_000
 """Points of a page, beyond which it has no second group."""
 
 
@@ -60,7 +61,9 @@ class QueryRpcs:
         page = _page(groups[offset : offset + size], query)
         response = pb.QueryResponse()
         is_quantiles = query.aggregation is Aggregation.QUANTILES
-        response.groups.extend(group_messages(page, masked, quantiles=is_quantiles))
+        response.groups.extend(
+            await asyncio.to_thread(group_messages, page, masked, quantiles=is_quantiles)
+        )
         if len(groups) > offset + len(page):
             response.next_page_token = encode_page_token(
                 owner, fingerprint, [offset + len(page), query.start_s, query.end_s, query.step_s]
