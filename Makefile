@@ -4,6 +4,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TEST_PROCESSES ?= 2
 
 .PHONY: help
 help:  ## print this
@@ -12,7 +13,7 @@ help:  ## print this
 $(VENV)/.installed: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
-	@$(BIN)/python -m pip install --quiet --editable '.[server,redis]' --group dev
+	@$(BIN)/python -m pip install --quiet --editable '.[server,redis,cassandra,top]' --group dev
 	@touch $@
 
 .PHONY: install
@@ -21,7 +22,7 @@ install: $(VENV)/.installed  ## make .venv with everything a developer needs
 
 .PHONY: test
 test: install  ## run the whole test suite; what cannot run says why at the end
-	@PATH="$(CURDIR)/.cache/bin:$$PATH" $(BIN)/python -m pytest $(PYTEST_ARGS)
+	@PATH="$(CURDIR)/.cache/bin:$$PATH" $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup $(PYTEST_ARGS)
 
 .PHONY: check
 check: $(VENV)/.installed  ## lint, types, proto lint, stub drift and import rules
@@ -48,6 +49,10 @@ up: $(VENV)/.installed  ## run the mesh in the foreground
 .PHONY: demo
 demo: $(VENV)/.installed  ## stream a few hundred requests through the mesh (UPSTREAM=URL MODEL=NAME: a real model)
 	@$(BIN)/agent360-mesh demo $(if $(UPSTREAM),--upstream $(UPSTREAM)) $(if $(MODEL),--model $(MODEL))
+
+.PHONY: cassandra
+cassandra:  ## run a Cassandra of one node on port 9042 until Ctrl-C; its data stays in .cache/cassandra/node
+	@scripts/cassandra.sh run .cache/cassandra/node 9042 7000
 
 .PHONY: containers
 containers:  ## build the container images of the four services

@@ -28,6 +28,9 @@ packages=()
 for program in redis-server podman debootstrap openssl; do
   command -v "$program" >/dev/null || packages+=("$program")
 done
+command -v promtool >/dev/null || packages+=(prometheus)
+command -v java >/dev/null || packages+=(openjdk-17-jre-headless)
+command -v mvn >/dev/null || packages+=(maven)
 command -v runc >/dev/null || command -v crun >/dev/null || packages+=(runc)
 if [ ${#packages[@]} -gt 0 ]; then
   if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
@@ -37,4 +40,5 @@ if [ ${#packages[@]} -gt 0 ]; then
     echo "not at hand: ${packages[*]}; tests with these are skipped"
   fi
 fi
+scripts/cassandra.sh install || echo "tests with Cassandra are skipped"
 exit 0

@@ -20,6 +20,8 @@ CLIENTS: Final = {
     "inference": "InferenceClient",
     "metrics": "MetricsClient",
     "audit": "AuditClient",
+    "logs": "LogsClient",
+    "profiling": "ProfilingClient",
 }
 INTERNAL: Final = {
     "AuditClient": {"settle"},

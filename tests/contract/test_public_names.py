@@ -8,10 +8,10 @@ PUBLIC = {
     "agent360.client": """
         Answer AnswerSource AuditEvent BYTES CacheClient CallScope CheckRequest
         DeadlineExceededError Decision Entry GenerateRequest InferenceClient InvalidRequestError
-        Invalidation LimitMiddleware Lookup Mesh MeshError Message NearCache Outcome Priority
-        RateLimitClient
+        Invalidation LabelMatch LimitMiddleware Lookup Mesh MeshError Message MetricGroup NearCache
+        Outcome Point Priority RateLimitClient
         RateLimitedError Reset Serializer SyncMesh TEXT Tls Tool ToolCall UnavailableError Violation
-        cached call_scope json_of limit pydantic_of
+        alert_rule cached call_scope json_of limit metric_query pydantic_of
     """,
     "agent360.mesh": "embedded embedded_sync",
     "agent360.mesh.cache": "CacheServicer CacheSettings",

@@ -14,7 +14,7 @@ from support.redis_servers import RedisServer
 from support.servers import running
 
 from agent360.client import Mesh
-from agent360.mesh.runtime.telemetry import MESH_TENANT
+from agent360.mesh.runtime.call import MESH_TENANT
 from agent360.metrics.v1 import metrics_pb2
 from agent360.ratelimit.v1 import ratelimit_pb2
 

@@ -5,6 +5,7 @@ Example:
     ...     lookup = await mesh.cache.get("plan:42")
 """
 
+from agent360.client.alerts import alert_rule
 from agent360.client.audit import AuditEvent
 from agent360.client.cache import CacheClient
 from agent360.client.cached_functions import cached
@@ -24,6 +25,7 @@ from agent360.client.errors import (
 from agent360.client.inference import InferenceClient
 from agent360.client.limiting import LimitMiddleware, limit
 from agent360.client.mesh import Mesh
+from agent360.client.metric_queries import LabelMatch, MetricGroup, Point, metric_query
 from agent360.client.near import NearCache
 from agent360.client.ratelimit import RateLimitClient
 from agent360.client.serializers import BYTES, TEXT, Serializer, json_of, pydantic_of
@@ -46,13 +48,16 @@ __all__ = [
     "InferenceClient",
     "InvalidRequestError",
     "Invalidation",
+    "LabelMatch",
     "LimitMiddleware",
     "Lookup",
     "Mesh",
     "MeshError",
     "Message",
+    "MetricGroup",
     "NearCache",
     "Outcome",
+    "Point",
     "Priority",
     "RateLimitClient",
     "RateLimitedError",
@@ -64,9 +69,11 @@ __all__ = [
     "ToolCall",
     "UnavailableError",
     "Violation",
+    "alert_rule",
     "cached",
     "call_scope",
     "json_of",
     "limit",
+    "metric_query",
     "pydantic_of",
 ]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import time
+import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
-from datetime import datetime
+from datetime import date, datetime
 from typing import Any, Final, Literal
 
+import grpc
 from msgspec import Struct
 
 from agent360.audit.v1 import audit_pb2
 from agent360.client.coalescer import Coalescer, Wire
-from agent360.client.errors import MeshError
+from agent360.client.errors import MeshError, from_rpc_error
 from agent360.client.operation import SingleOperation
 
 WIRE: Final = Wire(
@@ -47,7 +50,9 @@ class AuditEvent(Struct, frozen=True, gc=False):
     attributes: Mapping[str, str] = {}
     """More about it."""
     event_id: str = ""
-    """A UUID that makes recording it twice harmless; empty: chosen by the service."""
+    """A UUID that makes recording it twice harmless; empty: chosen when it is recorded."""
+    time: datetime | None = None
+    """When it was done, aware; None: when it is recorded."""
 
 
 class AuditClient:
@@ -135,6 +140,42 @@ class AuditClient:
                 return
             request.page_token = page.next_page_token
 
+    async def verify(
+        self,
+        *,
+        first_day: date | None = None,
+        last_day: date | None = None,
+        anchors: Sequence[audit_pb2.ChainHead] = (),
+        tenant: str | None = None,
+    ) -> AsyncIterator[audit_pb2.VerifyEventsResponse]:
+        """Checks that no event was removed, changed or inserted; yields what it finds, by chain.
+
+        Args:
+            first_day: the first UTC day; None: the first there is.
+            last_day: the last UTC day; None: today.
+            anchors: heads that earlier checks found: the chains must still lead through them.
+            tenant: whose events; None: the current scope's, or the Mesh's. ``*``: all tenants',
+                for admins.
+
+        Raises:
+            MeshError: the caller may not ask for them, or the service could not be asked.
+        """
+        request = audit_pb2.VerifyEventsRequest(
+            first_day=first_day.isoformat() if first_day else "",
+            last_day=last_day.isoformat() if last_day else "",
+            anchors=anchors,
+        )
+        responses = await self._coalescer.streaming(
+            "VerifyEvents", request, audit_pb2.VerifyEventsResponse, None, tenant, lasting=True
+        )
+        try:
+            async for response in responses:
+                yield response
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
+        finally:
+            responses.cancel()
+
     async def _note(self, event: AuditEvent, tenant: str | None) -> None:
         try:
             await self.record(event, timeout=5.0, tenant=tenant)
@@ -143,22 +184,26 @@ class AuditClient:
 
 
 class _Record(SingleOperation[str]):
-    __slots__ = ("event",)
+    __slots__ = ("event", "event_id", "now_ns")
     field = "record"
+    repeatable = True
 
     def __init__(self, event: AuditEvent) -> None:
         super().__init__(sum(len(k) + len(v) for k, v in event.attributes.items()) + 512)
         self.event = event
-
-    @property
-    def repeatable(self) -> bool:  # type: ignore[override]  # only with an id of its own
-        return bool(self.event.event_id)
+        # Chosen here, so that sending the event again changes nothing.
+        self.event_id = event.event_id or str(uuid.uuid4())
+        self.now_ns = time.time_ns()
 
     def fill(self, request: Any) -> None:
         event, message = self.event, request.event
         message.action, message.resource, message.actor = event.action, event.resource, event.actor
         message.outcome = _OUTCOMES[event.outcome]
-        message.event_id = event.event_id
+        message.event_id = self.event_id
+        if event.time is None:
+            message.event_time.FromNanoseconds(self.now_ns)
+        else:
+            message.event_time.FromDatetime(event.time)
         if event.attributes:
             message.attributes.update(dict(event.attributes))
 

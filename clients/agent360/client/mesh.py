@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Final, Self
 
-from agent360.client import audit, cache, inference, metrics, ratelimit
+from agent360.client import audit, cache, inference, logs, metrics, profiling, ratelimit
 from agent360.client.addresses import parse_addresses
 from agent360.client.channel import MAX_MESSAGE_BYTES, Tls
 from agent360.client.coalescer import Coalescer, ConnectOptions, Wire
@@ -44,6 +44,8 @@ class Mesh:
         inference: the inference service.
         metrics: measurements: reported in the background, and queried.
         audit: audit events.
+        logs: what the services logged.
+        profiling: profiles of running services.
     """
 
     def __init__(
@@ -65,16 +67,22 @@ class Mesh:
             coalescer("inference", inference.WIRE),
             coalescer("metrics", audit.WIRE),
             coalescer("metrics", metrics.WIRE),
+            coalescer("metrics", logs.WIRE),
         )
         near = Near(self._coalescers[0], near_cache) if near_cache is not None else None
         self.cache = cache.CacheClient(self._coalescers[0], near)
         self.ratelimit = ratelimit.RateLimitClient(self._coalescers[1])
         self.inference = inference.InferenceClient(self._coalescers[2])
         self.audit = audit.AuditClient(self._coalescers[3])
+        names = ("cache", "ratelimit", "inference", "metrics")
+        self.profiling = profiling.ProfilingClient(
+            dict(zip(names, self._coalescers, strict=False)), options
+        )
         self._reporter = Reporter(
             self._coalescers[4].channel, options.metadata, reporter_id=reporter_id
         )
         self.metrics = metrics.MetricsClient(self._reporter, self._coalescers[4], options.tenant)
+        self.logs = logs.LogsClient(self._coalescers[5])
 
     @classmethod
     def connect(

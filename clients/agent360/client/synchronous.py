@@ -6,7 +6,7 @@ Generated from the asynchronous clients by scripts/synchronous.py; do not edit.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import datetime
+from datetime import date, datetime, timedelta
 from types import TracebackType
 from typing import Self
 
@@ -28,14 +28,18 @@ from agent360.client.entries import Claim, Entry, Invalidated, Lookup, Stored, W
 from agent360.client.entry_client import DEFAULT_NAMESPACE
 from agent360.client.errors import MeshError
 from agent360.client.inference import Embeddings, InferenceClient, TokenCount
+from agent360.client.logs import LevelName, LogsClient
 from agent360.client.mesh import Addresses, Mesh
+from agent360.client.metric_queries import LabelMatch, MetricGroup
 from agent360.client.metrics import Labels, MetricsClient
 from agent360.client.near import NearCache, NearStats
 from agent360.client.portal import Portal, SyncAnswerStream, SyncResults
+from agent360.client.profiling import Format, Kind, ProfileFile, ProfilingClient
 from agent360.client.ratelimit import RateLimitClient
 from agent360.client.serializers import UNCHANGED, Serializer
 from agent360.client.session import Bounds
 from agent360.inference.v1 import inference_pb2
+from agent360.logs.v1 import logs_pb2
 from agent360.metrics.v1 import metrics_pb2
 from agent360.ratelimit.v1 import ratelimit_pb2
 
@@ -1092,37 +1096,192 @@ class SyncMetricsClient:
         """Adds ``count`` observations of ``value`` to a distribution; returns at once."""
         self._portal.call(self._client.observe, name, value, labels, tenant, unit=unit, count=count)
 
+    @property
+    def dropped(self) -> int:
+        """Values that were given up because the service was away for too long."""
+        return self._client.dropped
+
+    @property
+    def rejected(self) -> int:
+        """Values that the service refused; ``rejections`` says why."""
+        return self._client.rejected
+
+    @property
+    def rejections(self) -> tuple[str, ...]:
+        """Why values were refused: the last few reasons that the service named."""
+        return self._client.rejections
+
     def flush(self) -> None:
         """Waits until everything measured so far is durable."""
         self._portal.run(self._client.flush())
 
     def query(
         self,
-        request: metrics_pb2.QueryRequest,
+        query: metrics_pb2.QueryRequest,
         *,
         timeout: float | None = None,
         tenant: str | None = None,
-    ) -> Iterator[metrics_pb2.Group]:
+    ) -> Iterator[MetricGroup]:
         """Yields the groups of a query, page by page.
 
+        Args:
+            query: from ``metric_query``.
+            timeout: seconds for each page.
+            tenant: whose series; None: the current scope's, or the Mesh's; ``*``: those of all,
+                for admins.
+
         Raises:
-            MeshError: the query is not valid, or the service could not be asked.
+            MeshError: the query is not valid, would cost too much, or could not be asked.
         """
-        return self._portal.iterate(self._client.query(request, timeout=timeout, tenant=tenant))
+        return self._portal.iterate(self._client.query(query, timeout=timeout, tenant=tenant))
+
+    def watch(
+        self,
+        query: metrics_pb2.QueryRequest,
+        *,
+        interval: timedelta | None = None,
+        tenant: str | None = None,
+    ) -> Iterator[list[MetricGroup]]:
+        """Yields the groups of a query now, and again as steps end, until the caller leaves.
+
+        The first list has the whole range; later ones the steps that are new or may have changed.
+        A stream that breaks is opened again, and begins anew.
+
+        Args:
+            query: from ``metric_query``, without an end.
+            interval: how often; None: whenever a step ends, or without step every 10 s.
+            tenant: as in ``query``.
+
+        Raises:
+            MeshError: the service refuses the query.
+        """
+        return self._portal.iterate(self._client.watch(query, interval=interval, tenant=tenant))
 
     def list_series(
         self,
         name: str = "",
         *,
+        where: Sequence[LabelMatch] = (),
         page_size: int = 0,
         fields: Sequence[str] = (),
         timeout: float | None = None,
         tenant: str | None = None,
     ) -> Iterator[metrics_pb2.Series]:
-        """Yields the tenant's series, in the order of names and labels."""
+        """Yields the tenant's series, in the order of names and labels.
+
+        Args:
+            name: only of this metric; empty: of all.
+            where: conditions on labels; all must hold.
+            page_size: how many to fetch at a time; 0: the service's default.
+            fields: only these fields of each; empty: all.
+            timeout: seconds for each page.
+            tenant: as in ``query``.
+        """
         return self._portal.iterate(
             self._client.list_series(
-                name, page_size=page_size, fields=fields, timeout=timeout, tenant=tenant
+                name,
+                where=where,
+                page_size=page_size,
+                fields=fields,
+                timeout=timeout,
+                tenant=tenant,
+            )
+        )
+
+    def set_alert_rule(
+        self,
+        rule: metrics_pb2.AlertRule,
+        *,
+        timeout: float | None = None,
+        tenant: str | None = None,
+    ) -> metrics_pb2.AlertRule:
+        """Makes or replaces an alert rule, from ``alert_rule``; returns the one in force.
+
+        Raises:
+            MeshError: the rule is not valid, comes with the service, or there are too many.
+        """
+        return self._portal.run(self._client.set_alert_rule(rule, timeout=timeout, tenant=tenant))
+
+    def delete_alert_rule(
+        self, rule_id: str, *, timeout: float | None = None, tenant: str | None = None
+    ) -> None:
+        """Removes an alert rule; its alerts are resolved.
+
+        Raises:
+            MeshError: NOT_FOUND, if there is no such rule.
+        """
+        self._portal.run(self._client.delete_alert_rule(rule_id, timeout=timeout, tenant=tenant))
+
+    def list_alert_rules(
+        self, *, page_size: int = 0, timeout: float | None = None, tenant: str | None = None
+    ) -> Iterator[metrics_pb2.AlertRule]:
+        """Yields the tenant's alert rules, in the order of their ids."""
+        return self._portal.iterate(
+            self._client.list_alert_rules(page_size=page_size, timeout=timeout, tenant=tenant)
+        )
+
+    def list_alerts(
+        self, *, page_size: int = 0, timeout: float | None = None, tenant: str | None = None
+    ) -> Iterator[metrics_pb2.Alert]:
+        """Yields alerts that are pending or firing, in the order of rules and labels.
+
+        Args:
+            page_size: how many to fetch at a time; 0: the service's default.
+            timeout: seconds for each page.
+            tenant: as in ``query``.
+        """
+        return self._portal.iterate(
+            self._client.list_alerts(page_size=page_size, timeout=timeout, tenant=tenant)
+        )
+
+    def create_silence(
+        self,
+        where: Sequence[LabelMatch],
+        end: datetime,
+        *,
+        start: datetime | None = None,
+        comment: str = "",
+        timeout: float | None = None,
+        tenant: str | None = None,
+    ) -> metrics_pb2.Silence:
+        """Keeps alerts whose labels meet all conditions from being notified for a while.
+
+        Args:
+            where: conditions; at least one.
+            end: when it ends.
+            start: when it begins; None: now.
+            comment: why.
+            timeout: seconds.
+            tenant: whose alerts; None: the current scope's, or the Mesh's.
+        """
+        return self._portal.run(
+            self._client.create_silence(
+                where, end, start=start, comment=comment, timeout=timeout, tenant=tenant
+            )
+        )
+
+    def expire_silence(
+        self, silence_id: str, *, timeout: float | None = None, tenant: str | None = None
+    ) -> None:
+        """Ends a silence now.
+
+        Raises:
+            MeshError: NOT_FOUND, if there is no such silence.
+        """
+        self._portal.run(self._client.expire_silence(silence_id, timeout=timeout, tenant=tenant))
+
+    def list_silences(
+        self,
+        *,
+        include_expired: bool = False,
+        page_size: int = 0,
+        timeout: float | None = None,
+        tenant: str | None = None,
+    ) -> Iterator[metrics_pb2.Silence]:
+        """Yields the tenant's silences, in the order of their ids."""
+        return self._portal.iterate(
+            self._client.list_silences(
+                include_expired=include_expired, page_size=page_size, timeout=timeout, tenant=tenant
             )
         )
 
@@ -1198,6 +1357,160 @@ class SyncAuditClient:
             )
         )
 
+    def verify(
+        self,
+        *,
+        first_day: date | None = None,
+        last_day: date | None = None,
+        anchors: Sequence[audit_pb2.ChainHead] = (),
+        tenant: str | None = None,
+    ) -> Iterator[audit_pb2.VerifyEventsResponse]:
+        """Checks that no event was removed, changed or inserted; yields what it finds, by chain.
+
+        Args:
+            first_day: the first UTC day; None: the first there is.
+            last_day: the last UTC day; None: today.
+            anchors: heads that earlier checks found: the chains must still lead through them.
+            tenant: whose events; None: the current scope's, or the Mesh's. ``*``: all tenants',
+                for admins.
+
+        Raises:
+            MeshError: the caller may not ask for them, or the service could not be asked.
+        """
+        return self._portal.iterate(
+            self._client.verify(
+                first_day=first_day, last_day=last_day, anchors=anchors, tenant=tenant
+            )
+        )
+
+
+class SyncLogsClient:
+    """Lists log records, and keeps those of other programs beside them.
+
+    Example:
+        >>> for record in mesh.logs.list(service="inference", level="warning"):
+        ...     print(record.record_time.ToDatetime(), record.message)
+    """
+
+    def __init__(self, client: LogsClient, portal: Portal) -> None:
+        """``SyncMesh.logs`` is one.
+
+        Args:
+            client: makes the calls.
+            portal: runs them.
+        """
+        self._client = client
+        self._portal = portal
+
+    def write(
+        self,
+        records: Sequence[logs_pb2.LogRecord],
+        *,
+        timeout: float | None = None,
+        tenant: str | None = None,
+    ) -> None:
+        """Keeps records; those that have ids may be written again.
+
+        Args:
+            records: any number; more than a message holds are sent in several.
+            timeout: seconds for each message.
+            tenant: whose those are that name none; None: the current scope's, or the Mesh's.
+
+        Raises:
+            MeshError: a record is not valid, or the service could not be asked.
+        """
+        self._portal.run(self._client.write(records, timeout=timeout, tenant=tenant))
+
+    def list(
+        self,
+        *,
+        start: datetime | None = None,
+        end: datetime | None = None,
+        level: LevelName | None = None,
+        service: str = "",
+        pattern: str = "",
+        trace_id: str = "",
+        page_size: int = 0,
+        fields: Sequence[str] = (),
+        timeout: float | None = None,
+        tenant: str | None = None,
+    ) -> Iterator[logs_pb2.LogRecord]:
+        """Yields records, the newest first.
+
+        Args:
+            start: start of the range, included.
+            end: end of the range, not included.
+            level: the least one; None: any.
+            service: only of this one.
+            pattern: only with this one.
+            trace_id: only of this trace.
+            page_size: how many to fetch at a time; 0: the service's default.
+            fields: only these fields of each; empty: all.
+            timeout: seconds for each page.
+            tenant: whose records; None: the current scope's, or the Mesh's. ``*``: all tenants',
+                for admins.
+
+        Raises:
+            KeyError: there is no such level.
+            MeshError: the caller may not see them, or the service could not be asked.
+        """
+        return self._portal.iterate(
+            self._client.list(
+                start=start,
+                end=end,
+                level=level,
+                service=service,
+                pattern=pattern,
+                trace_id=trace_id,
+                page_size=page_size,
+                fields=fields,
+                timeout=timeout,
+                tenant=tenant,
+            )
+        )
+
+
+class SyncProfilingClient:
+    """Profiles one of the services; for admins.
+
+    Example:
+        >>> profile = mesh.profiling.profile("inference", "cpu", seconds=10)
+        >>> Path("inference.speedscope.json").write_bytes(profile.content)
+    """
+
+    def __init__(self, client: ProfilingClient, portal: Portal) -> None:
+        """``SyncMesh.profiling`` is one.
+
+        Args:
+            client: makes the calls.
+            portal: runs them.
+        """
+        self._client = client
+        self._portal = portal
+
+    def profile(
+        self,
+        service: str,
+        kind: Kind = "cpu",
+        *,
+        seconds: float = 10.0,
+        output: Format = "speedscope",
+    ) -> ProfileFile:
+        """Profiles a replica of a service for a while.
+
+        Args:
+            service: inference, cache, ratelimit or metrics.
+            kind: what is looked at.
+            seconds: for how long, at most 60.
+            output: how the profile is written.
+
+        Raises:
+            ValueError: there is no such service, kind or output.
+            MeshError: PERMISSION_DENIED, if the caller is no admin; RESOURCE_EXHAUSTED, while
+                another profile is made; or the service could not be asked.
+        """
+        return self._portal.run(self._client.profile(service, kind, seconds=seconds, output=output))
+
 
 class SyncMesh:
     """A Mesh whose calls block; it may be shared by threads.
@@ -1212,6 +1525,8 @@ class SyncMesh:
         inference: the inference service.
         metrics: measurements: reported in the background, and queried.
         audit: audit events.
+        logs: what the services logged.
+        profiling: profiles of running services.
     """
 
     def __init__(self, mesh: Mesh, portal: Portal) -> None:
@@ -1228,6 +1543,8 @@ class SyncMesh:
         self.inference = SyncInferenceClient(mesh.inference, portal)
         self.metrics = SyncMetricsClient(mesh.metrics, portal)
         self.audit = SyncAuditClient(mesh.audit, portal)
+        self.logs = SyncLogsClient(mesh.logs, portal)
+        self.profiling = SyncProfilingClient(mesh.profiling, portal)
 
     @classmethod
     def connect(

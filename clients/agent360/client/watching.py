@@ -71,7 +71,7 @@ async def open_watch(
     )
 
 
-async def next_response(call: Any, max_silence_s: float) -> cache_pb2.WatchResponse:
+async def next_response(call: Any, max_silence_s: float) -> Any:
     """The next response of a Watch stream.
 
     Raises:
@@ -93,8 +93,7 @@ async def next_response(call: Any, max_silence_s: float) -> cache_pb2.WatchRespo
         raise _broken("the connection was closed") from None
     if response is grpc.aio.EOF:
         raise _broken("the service ended the watch")
-    watched: cache_pb2.WatchResponse = response
-    return watched
+    return response
 
 
 def read_event(response: cache_pb2.WatchResponse) -> Event | None:

@@ -41,6 +41,24 @@ def test_bytes_never_exceed_the_bound_whatever_is_written() -> None:
     assert len(cache.store) == len(held)
 
 
+def test_giving_up_memory_costs_what_is_worth_least() -> None:
+    cache = Cache(Bounds(entries=1_000, size_bytes=1_000 * KB))
+    for number in range(100):
+        cache.put(f"k{number}", bytes(KB))
+    for _ in range(5):
+        for number in range(0, 100, 10):
+            assert cache.find(f"k{number}") is not None
+    before = cache.store.size_bytes
+    freed = cache.store.shed_memory(before // 2)
+    assert freed == before - cache.store.size_bytes >= before // 2
+    held = cache.plans.entries
+    assert all(f"k{number}" in held for number in range(0, 100, 10))
+    assert cache.store.size_bytes == sum(entry.size_bytes for entry in held.values())
+    for number in range(100, 200):
+        cache.put(f"k{number}", bytes(KB))
+    assert cache.store.size_bytes > before * 0.9
+
+
 def test_the_number_of_entries_never_exceeds_the_bound() -> None:
     cache = Cache(Bounds(entries=50, size_bytes=10_000 * KB))
     for number in range(500):

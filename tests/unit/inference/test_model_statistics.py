@@ -7,7 +7,7 @@ from collections import Counter
 from prometheus_client import CollectorRegistry, generate_latest
 
 from agent360.mesh.inference.queueing import Statistics
-from agent360.mesh.runtime.telemetry import MESH_TENANT
+from agent360.mesh.runtime.call import MESH_TENANT
 
 
 class Heard:

@@ -28,7 +28,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x61gent360/audit/v1/audit.proto\x12\x11\x61gent360.audit.v1\x1a\x1b\x61gent360/call/v1/call.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\xd3\x02\n\x05\x45vent\x12\x10\n\x08\x65vent_id\x18\x01 \x01(\t\x12.\n\nevent_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x04 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x05 \x01(\t\x12\x10\n\x08resource\x18\x06 \x01(\t\x12\x30\n\x07outcome\x18\x07 \x01(\x0e\x32\x1f.agent360.audit.v1.EventOutcome\x12\x10\n\x08trace_id\x18\x08 \x01(\t\x12\x12\n\nrequest_id\x18\t \x01(\t\x12<\n\nattributes\x18\n \x03(\x0b\x32(.agent360.audit.v1.Event.AttributesEntry\x1a\x31\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"8\n\rRecordRequest\x12\'\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x18.agent360.audit.v1.Event\"\"\n\x0eRecordResponse\x12\x10\n\x08\x65vent_id\x18\x01 \x01(\t\"\x9c\x01\n\x0b\x45ventFilter\x12.\n\nstart_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x61\x63tor\x18\x03 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x04 \x01(\t\x12\x10\n\x08resource\x18\x05 \x01(\t\"\x99\x01\n\x11ListEventsRequest\x12.\n\x06\x66ilter\x18\x01 \x01(\x0b\x32\x1e.agent360.audit.v1.EventFilter\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12-\n\tread_mask\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"W\n\x12ListEventsResponse\x12(\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x18.agent360.audit.v1.Event\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xad\x01\n\x0fPipelineRequest\x12.\n\x05items\x18\x01 \x03(\x0b\x32\x1f.agent360.audit.v1.PipelineItem\x12\x0f\n\x07\x63\x61ncels\x18\x02 \x03(\x04\x12)\n\x07\x63redits\x18\x03 \x03(\x0b\x32\x18.agent360.call.v1.Credit\x12.\n\x07\x63ontext\x18\x04 \x01(\x0b\x32\x1d.agent360.call.v1.CallContext\"\x8b\x01\n\x0cPipelineItem\x12\n\n\x02id\x18\x01 \x01(\x04\x12.\n\x07\x63ontext\x18\x02 \x01(\x0b\x32\x1d.agent360.call.v1.CallContext\x12\x32\n\x06record\x18\x03 \x01(\x0b\x32 .agent360.audit.v1.RecordRequestH\x00\x42\x0b\n\toperation\"n\n\x10PipelineResponse\x12\x32\n\x07results\x18\x01 \x03(\x0b\x32!.agent360.audit.v1.PipelineResult\x12&\n\x05\x64rain\x18\x02 \x01(\x0b\x32\x17.agent360.call.v1.Drain\"\x81\x01\n\x0ePipelineResult\x12\n\n\x02id\x18\x01 \x01(\x04\x12#\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x12\x33\n\x06record\x18\x03 \x01(\x0b\x32!.agent360.audit.v1.RecordResponseH\x00\x42\t\n\x07outcome*~\n\x0c\x45ventOutcome\x12\x1d\n\x19\x45VENT_OUTCOME_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x45VENT_OUTCOME_SUCCEEDED\x10\x01\x12\x18\n\x14\x45VENT_OUTCOME_DENIED\x10\x02\x12\x18\n\x14\x45VENT_OUTCOME_FAILED\x10\x03\x32\x91\x02\n\x0c\x41uditService\x12M\n\x06Record\x12 .agent360.audit.v1.RecordRequest\x1a!.agent360.audit.v1.RecordResponse\x12W\n\x08Pipeline\x12\".agent360.audit.v1.PipelineRequest\x1a#.agent360.audit.v1.PipelineResponse(\x01\x30\x01\x12Y\n\nListEvents\x12$.agent360.audit.v1.ListEventsRequest\x1a%.agent360.audit.v1.ListEventsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x61gent360/audit/v1/audit.proto\x12\x11\x61gent360.audit.v1\x1a\x1b\x61gent360/call/v1/call.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\xb2\x03\n\x05\x45vent\x12\x10\n\x08\x65vent_id\x18\x01 \x01(\t\x12.\n\nevent_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x04 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x05 \x01(\t\x12\x10\n\x08resource\x18\x06 \x01(\t\x12\x30\n\x07outcome\x18\x07 \x01(\x0e\x32\x1f.agent360.audit.v1.EventOutcome\x12\x10\n\x08trace_id\x18\x08 \x01(\t\x12\x12\n\nrequest_id\x18\t \x01(\t\x12<\n\nattributes\x18\n \x03(\x0b\x32(.agent360.audit.v1.Event.AttributesEntry\x12/\n\x0brecord_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x05place\x18\x0c \x01(\x0b\x32\x1d.agent360.audit.v1.ChainPlace\x1a\x31\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"`\n\nChainPlace\x12\x0b\n\x03\x64\x61y\x18\x01 \x01(\t\x12\x0e\n\x06writer\x18\x02 \x01(\t\x12\x10\n\x08sequence\x18\x03 \x01(\x03\x12\x15\n\rprevious_hash\x18\x04 \x01(\t\x12\x0c\n\x04hash\x18\x05 \x01(\t\"8\n\rRecordRequest\x12\'\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x18.agent360.audit.v1.Event\"\"\n\x0eRecordResponse\x12\x10\n\x08\x65vent_id\x18\x01 \x01(\t\"\x9c\x01\n\x0b\x45ventFilter\x12.\n\nstart_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x61\x63tor\x18\x03 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x04 \x01(\t\x12\x10\n\x08resource\x18\x05 \x01(\t\"\x99\x01\n\x11ListEventsRequest\x12.\n\x06\x66ilter\x18\x01 \x01(\x0b\x32\x1e.agent360.audit.v1.EventFilter\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12-\n\tread_mask\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"W\n\x12ListEventsResponse\x12(\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x18.agent360.audit.v1.Event\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"i\n\x13VerifyEventsRequest\x12\x11\n\tfirst_day\x18\x01 \x01(\t\x12\x10\n\x08last_day\x18\x02 \x01(\t\x12-\n\x07\x61nchors\x18\x03 \x03(\x0b\x32\x1c.agent360.audit.v1.ChainHead\"X\n\tChainHead\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0b\n\x03\x64\x61y\x18\x02 \x01(\t\x12\x0e\n\x06writer\x18\x03 \x01(\t\x12\x10\n\x08sequence\x18\x04 \x01(\x03\x12\x0c\n\x04hash\x18\x05 \x01(\t\"\xa9\x01\n\x14VerifyEventsResponse\x12*\n\x04head\x18\x01 \x01(\x0b\x32\x1c.agent360.audit.v1.ChainHead\x12,\n\x05\x66\x61ult\x18\x02 \x01(\x0e\x32\x1d.agent360.audit.v1.ChainFault\x12\x10\n\x08sequence\x18\x03 \x01(\x03\x12\x10\n\x08\x65vent_id\x18\x04 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x05 \x01(\t\"\xad\x01\n\x0fPipelineRequest\x12.\n\x05items\x18\x01 \x03(\x0b\x32\x1f.agent360.audit.v1.PipelineItem\x12\x0f\n\x07\x63\x61ncels\x18\x02 \x03(\x04\x12)\n\x07\x63redits\x18\x03 \x03(\x0b\x32\x18.agent360.call.v1.Credit\x12.\n\x07\x63ontext\x18\x04 \x01(\x0b\x32\x1d.agent360.call.v1.CallContext\"\x8b\x01\n\x0cPipelineItem\x12\n\n\x02id\x18\x01 \x01(\x04\x12.\n\x07\x63ontext\x18\x02 \x01(\x0b\x32\x1d.agent360.call.v1.CallContext\x12\x32\n\x06record\x18\x03 \x01(\x0b\x32 .agent360.audit.v1.RecordRequestH\x00\x42\x0b\n\toperation\"n\n\x10PipelineResponse\x12\x32\n\x07results\x18\x01 \x03(\x0b\x32!.agent360.audit.v1.PipelineResult\x12&\n\x05\x64rain\x18\x02 \x01(\x0b\x32\x17.agent360.call.v1.Drain\"\x81\x01\n\x0ePipelineResult\x12\n\n\x02id\x18\x01 \x01(\x04\x12#\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x12\x33\n\x06record\x18\x03 \x01(\x0b\x32!.agent360.audit.v1.RecordResponseH\x00\x42\t\n\x07outcome*~\n\x0c\x45ventOutcome\x12\x1d\n\x19\x45VENT_OUTCOME_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x45VENT_OUTCOME_SUCCEEDED\x10\x01\x12\x18\n\x14\x45VENT_OUTCOME_DENIED\x10\x02\x12\x18\n\x14\x45VENT_OUTCOME_FAILED\x10\x03*\x8f\x01\n\nChainFault\x12\x1b\n\x17\x43HAIN_FAULT_UNSPECIFIED\x10\x00\x12\x17\n\x13\x43HAIN_FAULT_REMOVED\x10\x01\x12\x17\n\x13\x43HAIN_FAULT_CHANGED\x10\x02\x12\x18\n\x14\x43HAIN_FAULT_INSERTED\x10\x03\x12\x18\n\x14\x43HAIN_FAULT_DETACHED\x10\x04\x32\xf4\x02\n\x0c\x41uditService\x12M\n\x06Record\x12 .agent360.audit.v1.RecordRequest\x1a!.agent360.audit.v1.RecordResponse\x12W\n\x08Pipeline\x12\".agent360.audit.v1.PipelineRequest\x1a#.agent360.audit.v1.PipelineResponse(\x01\x30\x01\x12Y\n\nListEvents\x12$.agent360.audit.v1.ListEventsRequest\x1a%.agent360.audit.v1.ListEventsResponse\x12\x61\n\x0cVerifyEvents\x12&.agent360.audit.v1.VerifyEventsRequest\x1a\'.agent360.audit.v1.VerifyEventsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,30 +37,40 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_EVENT_ATTRIBUTESENTRY']._loaded_options = None
   _globals['_EVENT_ATTRIBUTESENTRY']._serialized_options = b'8\001'
-  _globals['_EVENTOUTCOME']._serialized_start=1575
-  _globals['_EVENTOUTCOME']._serialized_end=1701
+  _globals['_EVENTOUTCOME']._serialized_start=2137
+  _globals['_EVENTOUTCOME']._serialized_end=2263
+  _globals['_CHAINFAULT']._serialized_start=2266
+  _globals['_CHAINFAULT']._serialized_end=2409
   _globals['_EVENT']._serialized_start=174
-  _globals['_EVENT']._serialized_end=513
-  _globals['_EVENT_ATTRIBUTESENTRY']._serialized_start=464
-  _globals['_EVENT_ATTRIBUTESENTRY']._serialized_end=513
-  _globals['_RECORDREQUEST']._serialized_start=515
-  _globals['_RECORDREQUEST']._serialized_end=571
-  _globals['_RECORDRESPONSE']._serialized_start=573
-  _globals['_RECORDRESPONSE']._serialized_end=607
-  _globals['_EVENTFILTER']._serialized_start=610
-  _globals['_EVENTFILTER']._serialized_end=766
-  _globals['_LISTEVENTSREQUEST']._serialized_start=769
-  _globals['_LISTEVENTSREQUEST']._serialized_end=922
-  _globals['_LISTEVENTSRESPONSE']._serialized_start=924
-  _globals['_LISTEVENTSRESPONSE']._serialized_end=1011
-  _globals['_PIPELINEREQUEST']._serialized_start=1014
-  _globals['_PIPELINEREQUEST']._serialized_end=1187
-  _globals['_PIPELINEITEM']._serialized_start=1190
-  _globals['_PIPELINEITEM']._serialized_end=1329
-  _globals['_PIPELINERESPONSE']._serialized_start=1331
-  _globals['_PIPELINERESPONSE']._serialized_end=1441
-  _globals['_PIPELINERESULT']._serialized_start=1444
-  _globals['_PIPELINERESULT']._serialized_end=1573
-  _globals['_AUDITSERVICE']._serialized_start=1704
-  _globals['_AUDITSERVICE']._serialized_end=1977
+  _globals['_EVENT']._serialized_end=608
+  _globals['_EVENT_ATTRIBUTESENTRY']._serialized_start=559
+  _globals['_EVENT_ATTRIBUTESENTRY']._serialized_end=608
+  _globals['_CHAINPLACE']._serialized_start=610
+  _globals['_CHAINPLACE']._serialized_end=706
+  _globals['_RECORDREQUEST']._serialized_start=708
+  _globals['_RECORDREQUEST']._serialized_end=764
+  _globals['_RECORDRESPONSE']._serialized_start=766
+  _globals['_RECORDRESPONSE']._serialized_end=800
+  _globals['_EVENTFILTER']._serialized_start=803
+  _globals['_EVENTFILTER']._serialized_end=959
+  _globals['_LISTEVENTSREQUEST']._serialized_start=962
+  _globals['_LISTEVENTSREQUEST']._serialized_end=1115
+  _globals['_LISTEVENTSRESPONSE']._serialized_start=1117
+  _globals['_LISTEVENTSRESPONSE']._serialized_end=1204
+  _globals['_VERIFYEVENTSREQUEST']._serialized_start=1206
+  _globals['_VERIFYEVENTSREQUEST']._serialized_end=1311
+  _globals['_CHAINHEAD']._serialized_start=1313
+  _globals['_CHAINHEAD']._serialized_end=1401
+  _globals['_VERIFYEVENTSRESPONSE']._serialized_start=1404
+  _globals['_VERIFYEVENTSRESPONSE']._serialized_end=1573
+  _globals['_PIPELINEREQUEST']._serialized_start=1576
+  _globals['_PIPELINEREQUEST']._serialized_end=1749
+  _globals['_PIPELINEITEM']._serialized_start=1752
+  _globals['_PIPELINEITEM']._serialized_end=1891
+  _globals['_PIPELINERESPONSE']._serialized_start=1893
+  _globals['_PIPELINERESPONSE']._serialized_end=2003
+  _globals['_PIPELINERESULT']._serialized_start=2006
+  _globals['_PIPELINERESULT']._serialized_end=2135
+  _globals['_AUDITSERVICE']._serialized_start=2412
+  _globals['_AUDITSERVICE']._serialized_end=2784
 # @@protoc_insertion_point(module_scope)

@@ -51,6 +51,38 @@ EVENT_OUTCOME_FAILED: EventOutcome.ValueType  # 3
 """It failed."""
 Global___EventOutcome: _TypeAlias = EventOutcome  # noqa: Y015
 
+class _ChainFault:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ChainFaultEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ChainFault.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CHAIN_FAULT_UNSPECIFIED: _ChainFault.ValueType  # 0
+    """Nothing."""
+    CHAIN_FAULT_REMOVED: _ChainFault.ValueType  # 1
+    """An event is missing."""
+    CHAIN_FAULT_CHANGED: _ChainFault.ValueType  # 2
+    """An event is not as it was recorded."""
+    CHAIN_FAULT_INSERTED: _ChainFault.ValueType  # 3
+    """There is an event that was not recorded by the service."""
+    CHAIN_FAULT_DETACHED: _ChainFault.ValueType  # 4
+    """It does not continue the day before, or does not lead through an anchor: an event or a whole day was removed, or it was written anew."""
+
+class ChainFault(_ChainFault, metaclass=_ChainFaultEnumTypeWrapper):
+    """What is wrong with a chain."""
+
+CHAIN_FAULT_UNSPECIFIED: ChainFault.ValueType  # 0
+"""Nothing."""
+CHAIN_FAULT_REMOVED: ChainFault.ValueType  # 1
+"""An event is missing."""
+CHAIN_FAULT_CHANGED: ChainFault.ValueType  # 2
+"""An event is not as it was recorded."""
+CHAIN_FAULT_INSERTED: ChainFault.ValueType  # 3
+"""There is an event that was not recorded by the service."""
+CHAIN_FAULT_DETACHED: ChainFault.ValueType  # 4
+"""It does not continue the day before, or does not lead through an anchor: an event or a whole day was removed, or it was written anew."""
+Global___ChainFault: _TypeAlias = ChainFault  # noqa: Y015
+
 @_typing.final
 class Event(_message.Message):
     """Something that was done."""
@@ -87,6 +119,8 @@ class Event(_message.Message):
     TRACE_ID_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     ATTRIBUTES_FIELD_NUMBER: _builtins.int
+    RECORD_TIME_FIELD_NUMBER: _builtins.int
+    PLACE_FIELD_NUMBER: _builtins.int
     event_id: _builtins.str
     """A UUID; a second event with the same id changes nothing. Empty: chosen by the service."""
     tenant: _builtins.str
@@ -105,11 +139,19 @@ class Event(_message.Message):
     """The call it was part of. Empty: none."""
     @_builtins.property
     def event_time(self) -> _timestamp_pb2.Timestamp:
-        """When it was done. Absent: when the service reads it."""
+        """When it was done; at most 600 s in the future. Lists are in this order. Absent: when the service reads it."""
 
     @_builtins.property
     def attributes(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """More about it; at most 32, keys up to 64 bytes, values up to 4,096 bytes."""
+        """More about it; at most 32, keys up to 64 bytes, values up to 4,096 bytes. What is secret by its name or look is replaced before the event is stored, as it is in actor and resource."""
+
+    @_builtins.property
+    def record_time(self) -> _timestamp_pb2.Timestamp:
+        """When the service recorded it. Set by the service."""
+
+    @_builtins.property
+    def place(self) -> Global___ChainPlace:
+        """Its place among the recorded events. Set by the service."""
 
     def __init__(
         self,
@@ -124,14 +166,54 @@ class Event(_message.Message):
         trace_id: _builtins.str = ...,
         request_id: _builtins.str = ...,
         attributes: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        record_time: _timestamp_pb2.Timestamp | None = ...,
+        place: Global___ChainPlace | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event_time", b"event_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event_time", b"event_time", "place", b"place", "record_time", b"record_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "actor", b"actor", "attributes", b"attributes", "event_id", b"event_id", "event_time", b"event_time", "outcome", b"outcome", "request_id", b"request_id", "resource", b"resource", "tenant", b"tenant", "trace_id", b"trace_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "actor", b"actor", "attributes", b"attributes", "event_id", b"event_id", "event_time", b"event_time", "outcome", b"outcome", "place", b"place", "record_time", b"record_time", "request_id", b"request_id", "resource", b"resource", "tenant", b"tenant", "trace_id", b"trace_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Event: _TypeAlias = Event  # noqa: Y015
+
+@_typing.final
+class ChainPlace(_message.Message):
+    """The place of an event in a chain: the events of a tenant that one replica recorded on one UTC day. The hash of each covers the event, its place, and the hash of the event before it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DAY_FIELD_NUMBER: _builtins.int
+    WRITER_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    PREVIOUS_HASH_FIELD_NUMBER: _builtins.int
+    HASH_FIELD_NUMBER: _builtins.int
+    day: _builtins.str
+    """The UTC day on which it was recorded, as YYYY-MM-DD."""
+    writer: _builtins.str
+    """The replica that recorded it."""
+    sequence: _builtins.int
+    """From 1, without gaps."""
+    previous_hash: _builtins.str
+    """Hash of the event before it; for the first of a day, of the last event of the replica's day before; 64 hexadecimal digits (SHA-256)."""
+    hash: _builtins.str
+    """Its own; 64 hexadecimal digits (SHA-256)."""
+    def __init__(
+        self,
+        *,
+        day: _builtins.str = ...,
+        writer: _builtins.str = ...,
+        sequence: _builtins.int = ...,
+        previous_hash: _builtins.str = ...,
+        hash: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["day", b"day", "hash", b"hash", "previous_hash", b"previous_hash", "sequence", b"sequence", "writer", b"writer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChainPlace: _TypeAlias = ChainPlace  # noqa: Y015
 
 @_typing.final
 class RecordRequest(_message.Message):
@@ -271,7 +353,7 @@ class ListEventsResponse(_message.Message):
     """Token of the next page. Empty: this was the last."""
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___Event]:
-        """The events, the newest first."""
+        """The events, the newest first; perhaps fewer than asked for although there are more."""
 
     def __init__(
         self,
@@ -286,6 +368,116 @@ class ListEventsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListEventsResponse: _TypeAlias = ListEventsResponse  # noqa: Y015
+
+@_typing.final
+class VerifyEventsRequest(_message.Message):
+    """Asks for a check of recorded events."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIRST_DAY_FIELD_NUMBER: _builtins.int
+    LAST_DAY_FIELD_NUMBER: _builtins.int
+    ANCHORS_FIELD_NUMBER: _builtins.int
+    first_day: _builtins.str
+    """The first UTC day to check, as YYYY-MM-DD. Empty: the first there is."""
+    last_day: _builtins.str
+    """The last UTC day to check, as YYYY-MM-DD. Empty: today."""
+    @_builtins.property
+    def anchors(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChainHead]:
+        """Heads that earlier checks found, kept elsewhere: the chains must still lead through them. At most 10,000."""
+
+    def __init__(
+        self,
+        *,
+        first_day: _builtins.str = ...,
+        last_day: _builtins.str = ...,
+        anchors: _abc.Iterable[Global___ChainHead] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["anchors", b"anchors", "first_day", b"first_day", "last_day", b"last_day"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifyEventsRequest: _TypeAlias = VerifyEventsRequest  # noqa: Y015
+
+@_typing.final
+class ChainHead(_message.Message):
+    """How far a chain has come."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    DAY_FIELD_NUMBER: _builtins.int
+    WRITER_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    HASH_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    """Whose events."""
+    day: _builtins.str
+    """The UTC day on which they were recorded, as YYYY-MM-DD."""
+    writer: _builtins.str
+    """The replica that recorded them."""
+    sequence: _builtins.int
+    """Sequence of its last event: how many it has."""
+    hash: _builtins.str
+    """Hash of its last event; 64 hexadecimal digits."""
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        day: _builtins.str = ...,
+        writer: _builtins.str = ...,
+        sequence: _builtins.int = ...,
+        hash: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["day", b"day", "hash", b"hash", "sequence", b"sequence", "tenant", b"tenant", "writer", b"writer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChainHead: _TypeAlias = ChainHead  # noqa: Y015
+
+@_typing.final
+class VerifyEventsResponse(_message.Message):
+    """One chain was checked."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEAD_FIELD_NUMBER: _builtins.int
+    FAULT_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    EVENT_ID_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    fault: Global___ChainFault.ValueType
+    """What is wrong. Unspecified: nothing."""
+    sequence: _builtins.int
+    """Where: the sequence of the first event that is missing or wrong."""
+    event_id: _builtins.str
+    """The id of that event. Empty: it is missing, or nothing is wrong."""
+    description: _builtins.str
+    """The same in words. Empty: nothing is wrong."""
+    @_builtins.property
+    def head(self) -> Global___ChainHead:
+        """The chain, up to the last event that is as it was recorded."""
+
+    def __init__(
+        self,
+        *,
+        head: Global___ChainHead | None = ...,
+        fault: Global___ChainFault.ValueType = ...,
+        sequence: _builtins.int = ...,
+        event_id: _builtins.str = ...,
+        description: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["head", b"head"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "event_id", b"event_id", "fault", b"fault", "head", b"head", "sequence", b"sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifyEventsResponse: _TypeAlias = VerifyEventsResponse  # noqa: Y015
 
 @_typing.final
 class PipelineRequest(_message.Message):

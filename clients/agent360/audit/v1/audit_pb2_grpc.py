@@ -50,6 +50,11 @@ class AuditServiceStub:
                 request_serializer=agent360_dot_audit_dot_v1_dot_audit__pb2.ListEventsRequest.SerializeToString,
                 response_deserializer=agent360_dot_audit_dot_v1_dot_audit__pb2.ListEventsResponse.FromString,
                 _registered_method=True)
+        self.VerifyEvents = channel.unary_stream(
+                '/agent360.audit.v1.AuditService/VerifyEvents',
+                request_serializer=agent360_dot_audit_dot_v1_dot_audit__pb2.VerifyEventsRequest.SerializeToString,
+                response_deserializer=agent360_dot_audit_dot_v1_dot_audit__pb2.VerifyEventsResponse.FromString,
+                _registered_method=True)
 
 
 class AuditServiceServicer:
@@ -77,6 +82,13 @@ class AuditServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def VerifyEvents(self, request, context):
+        """Checks that no event was removed, changed, moved or inserted since it was recorded: one message for each chain. Admins may ask with tenant *: for the events of all.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AuditServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -94,6 +106,11 @@ def add_AuditServiceServicer_to_server(servicer, server):
                     servicer.ListEvents,
                     request_deserializer=agent360_dot_audit_dot_v1_dot_audit__pb2.ListEventsRequest.FromString,
                     response_serializer=agent360_dot_audit_dot_v1_dot_audit__pb2.ListEventsResponse.SerializeToString,
+            ),
+            'VerifyEvents': grpc.unary_stream_rpc_method_handler(
+                    servicer.VerifyEvents,
+                    request_deserializer=agent360_dot_audit_dot_v1_dot_audit__pb2.VerifyEventsRequest.FromString,
+                    response_serializer=agent360_dot_audit_dot_v1_dot_audit__pb2.VerifyEventsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -178,6 +195,33 @@ class AuditService:
             '/agent360.audit.v1.AuditService/ListEvents',
             agent360_dot_audit_dot_v1_dot_audit__pb2.ListEventsRequest.SerializeToString,
             agent360_dot_audit_dot_v1_dot_audit__pb2.ListEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def VerifyEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/agent360.audit.v1.AuditService/VerifyEvents',
+            agent360_dot_audit_dot_v1_dot_audit__pb2.VerifyEventsRequest.SerializeToString,
+            agent360_dot_audit_dot_v1_dot_audit__pb2.VerifyEventsResponse.FromString,
             options,
             channel_credentials,
             insecure,

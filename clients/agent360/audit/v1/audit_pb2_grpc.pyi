@@ -39,6 +39,8 @@ class AuditServiceStub:
     """The streaming batch form of Record."""
     ListEvents: _grpc.UnaryUnaryMultiCallable[_audit_pb2.ListEventsRequest, _audit_pb2.ListEventsResponse]
     """Lists events, the newest first."""
+    VerifyEvents: _grpc.UnaryStreamMultiCallable[_audit_pb2.VerifyEventsRequest, _audit_pb2.VerifyEventsResponse]
+    """Checks that no event was removed, changed, moved or inserted since it was recorded: one message for each chain. Admins may ask with tenant *: for the events of all."""
 
 @_typing.type_check_only
 class AuditServiceAsyncStub(AuditServiceStub):
@@ -51,6 +53,8 @@ class AuditServiceAsyncStub(AuditServiceStub):
     """The streaming batch form of Record."""
     ListEvents: _aio.UnaryUnaryMultiCallable[_audit_pb2.ListEventsRequest, _audit_pb2.ListEventsResponse]  # type: ignore[assignment]
     """Lists events, the newest first."""
+    VerifyEvents: _aio.UnaryStreamMultiCallable[_audit_pb2.VerifyEventsRequest, _audit_pb2.VerifyEventsResponse]  # type: ignore[assignment]
+    """Checks that no event was removed, changed, moved or inserted since it was recorded: one message for each chain. Admins may ask with tenant *: for the events of all."""
 
 class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
     """Keeps events that are never changed. An event belongs to one tenant; a list shows its caller's tenant alone."""
@@ -78,5 +82,13 @@ class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_audit_pb2.ListEventsResponse, _abc.Awaitable[_audit_pb2.ListEventsResponse]]:
         """Lists events, the newest first."""
+
+    @_abc_1.abstractmethod
+    def VerifyEvents(
+        self,
+        request: _audit_pb2.VerifyEventsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_audit_pb2.VerifyEventsResponse], _abc.AsyncIterator[_audit_pb2.VerifyEventsResponse]]:
+        """Checks that no event was removed, changed, moved or inserted since it was recorded: one message for each chain. Admins may ask with tenant *: for the events of all."""
 
 def add_AuditServiceServicer_to_server(servicer: AuditServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -95,7 +95,7 @@ class _AggregationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Aggregati
     AGGREGATION_SUM: _Aggregation.ValueType  # 2
     """Sum of values."""
     AGGREGATION_RATE: _Aggregation.ValueType  # 3
-    """Sum of values per second."""
+    """Sum of values per second; of a step that is not over yet, per second so far."""
     AGGREGATION_MEAN: _Aggregation.ValueType  # 4
     """Mean of values."""
     AGGREGATION_MIN: _Aggregation.ValueType  # 5
@@ -105,7 +105,11 @@ class _AggregationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Aggregati
     AGGREGATION_LAST: _Aggregation.ValueType  # 7
     """Last value."""
     AGGREGATION_QUANTILES: _Aggregation.ValueType  # 8
-    """Quantiles of values, within 1% of the true value."""
+    """Quantiles of values, within 1% of the true value; of distributions only."""
+    AGGREGATION_INCREASE: _Aggregation.ValueType  # 9
+    """How much counters grew; of counters only."""
+    AGGREGATION_SHARE_ABOVE: _Aggregation.ValueType  # 10
+    """The share of values above bound, from 0 to 1; of distributions only. Values within 1% of the bound may fall on either side."""
 
 class Aggregation(_Aggregation, metaclass=_AggregationEnumTypeWrapper):
     """What is computed from the samples of each step."""
@@ -117,7 +121,7 @@ AGGREGATION_COUNT: Aggregation.ValueType  # 1
 AGGREGATION_SUM: Aggregation.ValueType  # 2
 """Sum of values."""
 AGGREGATION_RATE: Aggregation.ValueType  # 3
-"""Sum of values per second."""
+"""Sum of values per second; of a step that is not over yet, per second so far."""
 AGGREGATION_MEAN: Aggregation.ValueType  # 4
 """Mean of values."""
 AGGREGATION_MIN: Aggregation.ValueType  # 5
@@ -127,7 +131,11 @@ AGGREGATION_MAX: Aggregation.ValueType  # 6
 AGGREGATION_LAST: Aggregation.ValueType  # 7
 """Last value."""
 AGGREGATION_QUANTILES: Aggregation.ValueType  # 8
-"""Quantiles of values, within 1% of the true value."""
+"""Quantiles of values, within 1% of the true value; of distributions only."""
+AGGREGATION_INCREASE: Aggregation.ValueType  # 9
+"""How much counters grew; of counters only."""
+AGGREGATION_SHARE_ABOVE: Aggregation.ValueType  # 10
+"""The share of values above bound, from 0 to 1; of distributions only. Values within 1% of the bound may fall on either side."""
 Global___Aggregation: _TypeAlias = Aggregation  # noqa: Y015
 
 class _Comparison:
@@ -252,7 +260,7 @@ class SeriesDefinition(_message.Message):
     SERIES_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     ref: _builtins.int
-    """The number that stands for the series in this stream; chosen by the reporter."""
+    """The number that stands for the series in this stream; chosen by the reporter; below 1,048,576."""
     tenant: _builtins.str
     """The tenant that the series belongs to. Empty: the tenant of the stream."""
     @_builtins.property
@@ -289,9 +297,13 @@ class ReportRequest(_message.Message):
     BASE_TIME_FIELD_NUMBER: _builtins.int
     COUNTS_FIELD_NUMBER: _builtins.int
     reporter_id: _builtins.str
-    """Names the reporting process; the same over reconnects, so that a repeated message is known. At most 128 bytes."""
+    """Names the reporting process; the same over reconnects, so that a repeated message is known, and another after a restart, as sequence numbers
+    begin anew. The same in all messages of a stream. 1 to 128 bytes.
+    """
     sequence: _builtins.int
-    """Grows by one with each message of the reporter, from 1."""
+    """Grows with each message of the reporter, from 1. Gaps are left by messages that the reporter gave up. A message whose number is not above the
+    last one taken is known, unless its reporter has sent nothing for a day.
+    """
     @_builtins.property
     def definitions(self) -> _containers.RepeatedCompositeFieldContainer[Global___SeriesDefinition]:
         """Series that later samples of this stream refer to."""
@@ -306,7 +318,9 @@ class ReportRequest(_message.Message):
 
     @_builtins.property
     def offsets_ms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """When it was taken, in milliseconds after base_time; may be empty if all were taken at base_time."""
+        """When it was taken, in milliseconds after base_time; may be empty if all were taken at base_time. Samples of over 25 hours ago, or over 10 minutes
+        from now, are refused; both can be set.
+        """
 
     @_builtins.property
     def base_time(self) -> _timestamp_pb2.Timestamp:
@@ -314,7 +328,7 @@ class ReportRequest(_message.Message):
 
     @_builtins.property
     def counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """How many observations of a distribution had this value; may be empty if each had one. Ignored for other kinds."""
+        """How many observations of a distribution had this value, at least 1; may be empty if each had one. Ignored for other kinds."""
 
     def __init__(
         self,
@@ -354,7 +368,7 @@ class ReportResponse(_message.Message):
     """True: the service is about to stop; the reporter opens a new stream and sends what is not acknowledged again."""
     @_builtins.property
     def rejections(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Why, for the first few that were refused."""
+        """Why, each reason once, the first 10. Each tenant's counter mesh_rejected_samples has how many, by reason."""
 
     def __init__(
         self,
@@ -404,7 +418,7 @@ Global___LabelMatcher: _TypeAlias = LabelMatcher  # noqa: Y015
 
 @_typing.final
 class QueryRequest(_message.Message):
-    """A question about series."""
+    """A question about series. Rollups are kept in buckets of 10 s, so times and durations count in these."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -421,6 +435,8 @@ class QueryRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     READ_MASK_FIELD_NUMBER: _builtins.int
+    BOUND_FIELD_NUMBER: _builtins.int
+    COMPARE_TO_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the metric."""
     aggregation: Global___Aggregation.ValueType
@@ -430,16 +446,22 @@ class QueryRequest(_message.Message):
     top_k: _builtins.int
     """Only this many groups with the largest values over the range; zero: all."""
     page_size: _builtins.int
-    """How many groups to return; zero: the default of 100; more than 1,000 are cut to that."""
+    """How many groups to return; zero: the default of 100; more than 1,000 are cut to that. Groups with many points come in smaller
+    pages.
+    """
     page_token: _builtins.str
-    """next_page_token of the page before. Empty: the first page."""
+    """next_page_token of the page before. Empty: the first page. All pages are of the range of the first."""
+    bound: _builtins.float
+    """For AGGREGATION_SHARE_ABOVE: the bound, in the unit of the values."""
     @_builtins.property
     def matchers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LabelMatcher]:
         """Conditions on labels; all must hold."""
 
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
-        """Start of the range, included. Absent: one hour before the end."""
+        """Start of the range, included. Absent: one hour before the end. The same as end_time: one point, made of the step that ends
+        there, or of 5 minutes if there is no step.
+        """
 
     @_builtins.property
     def end_time(self) -> _timestamp_pb2.Timestamp:
@@ -447,7 +469,10 @@ class QueryRequest(_message.Message):
 
     @_builtins.property
     def step(self) -> _duration_pb2.Duration:
-        """Length of a step; each gives one point. Absent: the whole range is one step."""
+        """Length of a step, a multiple of 10 s; each gives one point. Steps begin at multiples of their length since 1970 (UTC), and the
+        range is widened to whole steps. Absent, or not shorter than the range from start_time: the range, widened to whole buckets, is
+        one step.
+        """
 
     @_builtins.property
     def quantiles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
@@ -455,11 +480,17 @@ class QueryRequest(_message.Message):
 
     @_builtins.property
     def group_by(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Series with the same values of these labels are put together. Empty: all together, unless by_series."""
+        """Series with the same values of these labels are put together. Empty: all together, unless by_series. Series of different
+        kinds or units are never put together.
+        """
 
     @_builtins.property
     def read_mask(self) -> _field_mask_pb2.FieldMask:
         """The fields of Group to return. Absent: all."""
+
+    @_builtins.property
+    def compare_to(self) -> _containers.RepeatedCompositeFieldContainer[_duration_pb2.Duration]:
+        """Trends: compare each point with the one so long before, such as a day and a week; multiples of the step; at most 4."""
 
     def __init__(
         self,
@@ -477,10 +508,12 @@ class QueryRequest(_message.Message):
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
         read_mask: _field_mask_pb2.FieldMask | None = ...,
+        bound: _builtins.float = ...,
+        compare_to: _abc.Iterable[_duration_pb2.Duration] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "read_mask", b"read_mask", "start_time", b"start_time", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregation", b"aggregation", "by_series", b"by_series", "end_time", b"end_time", "group_by", b"group_by", "matchers", b"matchers", "name", b"name", "page_size", b"page_size", "page_token", b"page_token", "quantiles", b"quantiles", "read_mask", b"read_mask", "start_time", b"start_time", "step", b"step", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregation", b"aggregation", "bound", b"bound", "by_series", b"by_series", "compare_to", b"compare_to", "end_time", b"end_time", "group_by", b"group_by", "matchers", b"matchers", "name", b"name", "page_size", b"page_size", "page_token", b"page_token", "quantiles", b"quantiles", "read_mask", b"read_mask", "start_time", b"start_time", "step", b"step", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -516,7 +549,7 @@ Global___QueryResponse: _TypeAlias = QueryResponse  # noqa: Y015
 
 @_typing.final
 class Group(_message.Message):
-    """Series that were put together."""
+    """Series that were put together, with a point for each step that has samples: point i is made of element i of each column."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -542,7 +575,11 @@ class Group(_message.Message):
 
     LABELS_FIELD_NUMBER: _builtins.int
     UNIT_FIELD_NUMBER: _builtins.int
-    POINTS_FIELD_NUMBER: _builtins.int
+    TIMES_S_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    QUANTILES_FIELD_NUMBER: _builtins.int
+    COUNTS_FIELD_NUMBER: _builtins.int
+    TRENDS_FIELD_NUMBER: _builtins.int
     unit: _builtins.str
     """Unit of the values."""
     @_builtins.property
@@ -550,61 +587,79 @@ class Group(_message.Message):
         """The labels they share, of those in group_by."""
 
     @_builtins.property
-    def points(self) -> _containers.RepeatedCompositeFieldContainer[Global___Point]:
-        """One point for each step with samples, in the order of time."""
+    def times_s(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Start of the step, in seconds since 1970 (UTC); ascending."""
+
+    @_builtins.property
+    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """The value; empty for quantiles."""
+
+    @_builtins.property
+    def quantiles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """For quantiles: for each point one for each that was asked for, in that order."""
+
+    @_builtins.property
+    def counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """How many samples the point was made of."""
+
+    @_builtins.property
+    def trends(self) -> _containers.RepeatedCompositeFieldContainer[Global___Trend]:
+        """Comparisons with earlier times, in the order of compare_to."""
 
     def __init__(
         self,
         *,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         unit: _builtins.str = ...,
-        points: _abc.Iterable[Global___Point] | None = ...,
+        times_s: _abc.Iterable[_builtins.int] | None = ...,
+        values: _abc.Iterable[_builtins.float] | None = ...,
+        quantiles: _abc.Iterable[_builtins.float] | None = ...,
+        counts: _abc.Iterable[_builtins.int] | None = ...,
+        trends: _abc.Iterable[Global___Trend] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["labels", b"labels", "points", b"points", "unit", b"unit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "labels", b"labels", "quantiles", b"quantiles", "times_s", b"times_s", "trends", b"trends", "unit", b"unit", "values", b"values"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Group: _TypeAlias = Group  # noqa: Y015
 
 @_typing.final
-class Point(_message.Message):
-    """A value at a time."""
+class Trend(_message.Message):
+    """How points compare with those of an earlier time; columns as in Group."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    TIME_FIELD_NUMBER: _builtins.int
-    VALUE_FIELD_NUMBER: _builtins.int
-    QUANTILES_FIELD_NUMBER: _builtins.int
-    COUNT_FIELD_NUMBER: _builtins.int
-    value: _builtins.float
-    """The value, except for quantiles."""
-    count: _builtins.int
-    """How many samples it was made of."""
+    OFFSET_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    RATIOS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def time(self) -> _timestamp_pb2.Timestamp:
-        """Start of the step."""
+    def offset(self) -> _duration_pb2.Duration:
+        """How much earlier."""
 
     @_builtins.property
-    def quantiles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """For quantiles: one for each that was asked for, in that order."""
+    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """The value then, or the quantiles then, laid out as in Group; NaN if there were no samples."""
+
+    @_builtins.property
+    def ratios(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """The present value divided by that one; NaN if there is none or it is zero."""
 
     def __init__(
         self,
         *,
-        time: _timestamp_pb2.Timestamp | None = ...,
-        value: _builtins.float = ...,
-        quantiles: _abc.Iterable[_builtins.float] | None = ...,
-        count: _builtins.int = ...,
+        offset: _duration_pb2.Duration | None = ...,
+        values: _abc.Iterable[_builtins.float] | None = ...,
+        ratios: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["offset", b"offset"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "quantiles", b"quantiles", "time", b"time", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["offset", b"offset", "ratios", b"ratios", "values", b"values"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Point: _TypeAlias = Point  # noqa: Y015
+Global___Trend: _TypeAlias = Trend  # noqa: Y015
 
 @_typing.final
 class ListSeriesRequest(_message.Message):
@@ -683,18 +738,24 @@ class WatchRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     QUERY_FIELD_NUMBER: _builtins.int
+    INTERVAL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def query(self) -> Global___QueryRequest:
-        """The query; its end_time and page_token must be absent, its step must be given."""
+        """The query; its end_time, page_size and page_token must be absent."""
+
+    @_builtins.property
+    def interval(self) -> _duration_pb2.Duration:
+        """How often the answer is sent; at least 1 s. Absent: whenever a step ends; without step, every 10 s."""
 
     def __init__(
         self,
         *,
         query: Global___QueryRequest | None = ...,
+        interval: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["query", b"query"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["interval", b"interval", "query", b"query"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["query", b"query"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["interval", b"interval", "query", b"query"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -702,23 +763,31 @@ Global___WatchRequest: _TypeAlias = WatchRequest  # noqa: Y015
 
 @_typing.final
 class WatchResponse(_message.Message):
-    """What is new."""
+    """What is new: first everything, then the steps that were not over at the response before. A response without groups says that
+    nothing is new, at least every 10 s.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     GROUPS_FIELD_NUMBER: _builtins.int
+    COMPLETE_UNTIL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___Group]:
-        """Groups with their new points."""
+        """Groups with the steps that are new or may have changed; of a query without step, all groups."""
+
+    @_builtins.property
+    def complete_until(self) -> _timestamp_pb2.Timestamp:
+        """Steps before this time are over, and what was reported of them has had time to arrive: they are not sent again."""
 
     def __init__(
         self,
         *,
         groups: _abc.Iterable[Global___Group] | None = ...,
+        complete_until: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["complete_until", b"complete_until"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["groups", b"groups"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete_until", b"complete_until", "groups", b"groups"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -780,15 +849,25 @@ class AlertRule(_message.Message):
     KEEP_FIRING_FOR_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     ANNOTATIONS_FIELD_NUMBER: _builtins.int
+    SHORT_WINDOW_FIELD_NUMBER: _builtins.int
+    AT_LEAST_FIELD_NUMBER: _builtins.int
+    BUILT_IN_FIELD_NUMBER: _builtins.int
+    LAST_ERROR_FIELD_NUMBER: _builtins.int
     rule_id: _builtins.str
     """Names the rule within the tenant; [a-z0-9][a-z0-9._-]{0,127}."""
     comparison: Global___Comparison.ValueType
     """How it is compared."""
     threshold: _builtins.float
     """With what."""
+    at_least: _builtins.float
+    """Groups with less than this are left out: with less as the value of divide_by, or without it of fewer samples."""
+    built_in: _builtins.bool
+    """Output only: it comes with the service and is changed in its settings."""
+    last_error: _builtins.str
+    """Output only: why the last evaluation failed. Empty: it did not."""
     @_builtins.property
     def query(self) -> Global___QueryRequest:
-        """What is computed; its range is the window, without step and pages."""
+        """What is computed; its range is the window: without times, step, pages, read mask and trends."""
 
     @_builtins.property
     def window(self) -> _duration_pb2.Duration:
@@ -796,7 +875,9 @@ class AlertRule(_message.Message):
 
     @_builtins.property
     def divide_by(self) -> Global___QueryRequest:
-        """Divides the value of query by that of this one, group by group. Absent: the value itself."""
+        """Divides the value of query by that of this one, group by group; a group that only this one has counts as zero where query
+        counts or sums. Absent: the value itself.
+        """
 
     @_builtins.property
     def keep_firing_for(self) -> _duration_pb2.Duration:
@@ -808,7 +889,11 @@ class AlertRule(_message.Message):
 
     @_builtins.property
     def annotations(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Texts for people, such as summary and runbook_url."""
+        """Texts for people, such as summary and runbook_url; {{value}}, {{labels}} and {{labels.NAME}} are filled in."""
+
+    @_builtins.property
+    def short_window(self) -> _duration_pb2.Duration:
+        """A second window over which the condition must hold, too: the short one of a burn-rate rule. Absent: none."""
 
     def __init__(
         self,
@@ -822,10 +907,14 @@ class AlertRule(_message.Message):
         keep_firing_for: _duration_pb2.Duration | None = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         annotations: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        short_window: _duration_pb2.Duration | None = ...,
+        at_least: _builtins.float = ...,
+        built_in: _builtins.bool = ...,
+        last_error: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["divide_by", b"divide_by", "for", b"for", "keep_firing_for", b"keep_firing_for", "query", b"query", "window", b"window"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["divide_by", b"divide_by", "for", b"for", "keep_firing_for", b"keep_firing_for", "query", b"query", "short_window", b"short_window", "window", b"window"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["annotations", b"annotations", "comparison", b"comparison", "divide_by", b"divide_by", "for", b"for", "keep_firing_for", b"keep_firing_for", "labels", b"labels", "query", b"query", "rule_id", b"rule_id", "threshold", b"threshold", "window", b"window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["annotations", b"annotations", "at_least", b"at_least", "built_in", b"built_in", "comparison", b"comparison", "divide_by", b"divide_by", "for", b"for", "keep_firing_for", b"keep_firing_for", "labels", b"labels", "last_error", b"last_error", "query", b"query", "rule_id", b"rule_id", "short_window", b"short_window", "threshold", b"threshold", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -840,7 +929,7 @@ class SetAlertRuleRequest(_message.Message):
     RULE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def rule(self) -> Global___AlertRule:
-        """The rule."""
+        """The rule; a tenant may have 200."""
 
     def __init__(
         self,
@@ -980,7 +1069,7 @@ Global___DeleteAlertRuleResponse: _TypeAlias = DeleteAlertRuleResponse  # noqa: 
 
 @_typing.final
 class Alert(_message.Message):
-    """A rule whose condition holds for a group."""
+    """A rule whose condition holds for a group, or held lately."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1030,12 +1119,16 @@ class Alert(_message.Message):
     STATE_TIME_FIELD_NUMBER: _builtins.int
     VALUE_FIELD_NUMBER: _builtins.int
     ANNOTATIONS_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    SILENCED_BY_FIELD_NUMBER: _builtins.int
     rule_id: _builtins.str
     """The rule."""
     state: Global___AlertState.ValueType
     """Where it stands."""
     value: _builtins.float
-    """The value when it was last evaluated."""
+    """The value when the condition last held."""
+    tenant: _builtins.str
+    """The tenant whose rule it is."""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """The labels of the group and the rule."""
@@ -1046,7 +1139,11 @@ class Alert(_message.Message):
 
     @_builtins.property
     def annotations(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """The rule's annotations."""
+        """The rule's annotations, filled in."""
+
+    @_builtins.property
+    def silenced_by(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Ids of the silences that keep it from being notified."""
 
     def __init__(
         self,
@@ -1057,10 +1154,12 @@ class Alert(_message.Message):
         state_time: _timestamp_pb2.Timestamp | None = ...,
         value: _builtins.float = ...,
         annotations: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        tenant: _builtins.str = ...,
+        silenced_by: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["state_time", b"state_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["annotations", b"annotations", "labels", b"labels", "rule_id", b"rule_id", "state", b"state", "state_time", b"state_time", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["annotations", b"annotations", "labels", b"labels", "rule_id", b"rule_id", "silenced_by", b"silenced_by", "state", b"state", "state_time", b"state_time", "tenant", b"tenant", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1129,3 +1228,206 @@ class ListAlertsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListAlertsResponse: _TypeAlias = ListAlertsResponse  # noqa: Y015
+
+@_typing.final
+class Silence(_message.Message):
+    """Keeps matching alerts from being notified."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SILENCE_ID_FIELD_NUMBER: _builtins.int
+    MATCHERS_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
+    COMMENT_FIELD_NUMBER: _builtins.int
+    CREATED_BY_FIELD_NUMBER: _builtins.int
+    silence_id: _builtins.str
+    """Output only: names the silence within the tenant."""
+    comment: _builtins.str
+    """Why."""
+    created_by: _builtins.str
+    """Output only: who made it."""
+    @_builtins.property
+    def matchers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LabelMatcher]:
+        """Conditions on the labels of alerts; all must hold; at least one."""
+
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """When it begins. Absent: now."""
+
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp:
+        """When it ends."""
+
+    def __init__(
+        self,
+        *,
+        silence_id: _builtins.str = ...,
+        matchers: _abc.Iterable[Global___LabelMatcher] | None = ...,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
+        comment: _builtins.str = ...,
+        created_by: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "start_time", b"start_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["comment", b"comment", "created_by", b"created_by", "end_time", b"end_time", "matchers", b"matchers", "silence_id", b"silence_id", "start_time", b"start_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Silence: _TypeAlias = Silence  # noqa: Y015
+
+@_typing.final
+class CreateSilenceRequest(_message.Message):
+    """Makes a silence."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SILENCE_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """A UUID; a repetition with the same one makes no second silence. Empty: none."""
+    @_builtins.property
+    def silence(self) -> Global___Silence:
+        """The silence."""
+
+    def __init__(
+        self,
+        *,
+        silence: Global___Silence | None = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["silence", b"silence"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "silence", b"silence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreateSilenceRequest: _TypeAlias = CreateSilenceRequest  # noqa: Y015
+
+@_typing.final
+class CreateSilenceResponse(_message.Message):
+    """The silence that was made."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SILENCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def silence(self) -> Global___Silence:
+        """The silence."""
+
+    def __init__(
+        self,
+        *,
+        silence: Global___Silence | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["silence", b"silence"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["silence", b"silence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreateSilenceResponse: _TypeAlias = CreateSilenceResponse  # noqa: Y015
+
+@_typing.final
+class ListSilencesRequest(_message.Message):
+    """Asks for silences."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INCLUDE_EXPIRED_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    READ_MASK_FIELD_NUMBER: _builtins.int
+    include_expired: _builtins.bool
+    """True: also those that are over; they are kept for five days."""
+    page_size: _builtins.int
+    """How many to return; zero: the default of 100; more than 1,000 are cut to that."""
+    page_token: _builtins.str
+    """next_page_token of the page before. Empty: the first page."""
+    @_builtins.property
+    def read_mask(self) -> _field_mask_pb2.FieldMask:
+        """The fields of Silence to return. Absent: all."""
+
+    def __init__(
+        self,
+        *,
+        include_expired: _builtins.bool = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        read_mask: _field_mask_pb2.FieldMask | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["read_mask", b"read_mask"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["include_expired", b"include_expired", "page_size", b"page_size", "page_token", b"page_token", "read_mask", b"read_mask"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListSilencesRequest: _TypeAlias = ListSilencesRequest  # noqa: Y015
+
+@_typing.final
+class ListSilencesResponse(_message.Message):
+    """A page of silences."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SILENCES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Token of the next page. Empty: this was the last."""
+    @_builtins.property
+    def silences(self) -> _containers.RepeatedCompositeFieldContainer[Global___Silence]:
+        """The silences, in the order of their ids."""
+
+    def __init__(
+        self,
+        *,
+        silences: _abc.Iterable[Global___Silence] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "silences", b"silences"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListSilencesResponse: _TypeAlias = ListSilencesResponse  # noqa: Y015
+
+@_typing.final
+class ExpireSilenceRequest(_message.Message):
+    """Names a silence to end."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SILENCE_ID_FIELD_NUMBER: _builtins.int
+    silence_id: _builtins.str
+    """The silence's id."""
+    def __init__(
+        self,
+        *,
+        silence_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["silence_id", b"silence_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExpireSilenceRequest: _TypeAlias = ExpireSilenceRequest  # noqa: Y015
+
+@_typing.final
+class ExpireSilenceResponse(_message.Message):
+    """What an ExpireSilence did."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExpireSilenceResponse: _TypeAlias = ExpireSilenceResponse  # noqa: Y015

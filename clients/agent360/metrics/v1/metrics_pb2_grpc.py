@@ -27,6 +27,8 @@ if _version_not_supported:
 
 class MetricsServiceStub:
     """Takes measurements and answers questions about them. A series belongs to one tenant; a query sees its caller's tenant alone.
+    Admins who may speak for all tenants may name the tenant `*` in Query, ListSeries, Watch and ListAlerts: then they see the
+    series of all, and conditions and group_by may use the label `tenant`, which holds each series' tenant.
     """
 
     def __init__(self, channel):
@@ -75,14 +77,31 @@ class MetricsServiceStub:
                 request_serializer=agent360_dot_metrics_dot_v1_dot_metrics__pb2.ListAlertsRequest.SerializeToString,
                 response_deserializer=agent360_dot_metrics_dot_v1_dot_metrics__pb2.ListAlertsResponse.FromString,
                 _registered_method=True)
+        self.CreateSilence = channel.unary_unary(
+                '/agent360.metrics.v1.MetricsService/CreateSilence',
+                request_serializer=agent360_dot_metrics_dot_v1_dot_metrics__pb2.CreateSilenceRequest.SerializeToString,
+                response_deserializer=agent360_dot_metrics_dot_v1_dot_metrics__pb2.CreateSilenceResponse.FromString,
+                _registered_method=True)
+        self.ListSilences = channel.unary_unary(
+                '/agent360.metrics.v1.MetricsService/ListSilences',
+                request_serializer=agent360_dot_metrics_dot_v1_dot_metrics__pb2.ListSilencesRequest.SerializeToString,
+                response_deserializer=agent360_dot_metrics_dot_v1_dot_metrics__pb2.ListSilencesResponse.FromString,
+                _registered_method=True)
+        self.ExpireSilence = channel.unary_unary(
+                '/agent360.metrics.v1.MetricsService/ExpireSilence',
+                request_serializer=agent360_dot_metrics_dot_v1_dot_metrics__pb2.ExpireSilenceRequest.SerializeToString,
+                response_deserializer=agent360_dot_metrics_dot_v1_dot_metrics__pb2.ExpireSilenceResponse.FromString,
+                _registered_method=True)
 
 
 class MetricsServiceServicer:
     """Takes measurements and answers questions about them. A series belongs to one tenant; a query sees its caller's tenant alone.
+    Admins who may speak for all tenants may name the tenant `*` in Query, ListSeries, Watch and ListAlerts: then they see the
+    series of all, and conditions and group_by may use the label `tenant`, which holds each series' tenant.
     """
 
     def Report(self, request_iterator, context):
-        """Takes samples. Each message is acknowledged by its sequence number once it is durable.
+        """Takes samples. Each message is acknowledged by its sequence number once it is durable; one that is sent again counts once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -103,7 +122,7 @@ class MetricsServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Watch(self, request, context):
-        """Repeats a query every step and streams what is new.
+        """Answers a query now and again whenever a step ends, until the caller leaves or the service stops.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -132,6 +151,27 @@ class MetricsServiceServicer:
 
     def ListAlerts(self, request, context):
         """Lists alerts that are pending or firing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CreateSilence(self, request, context):
+        """Keeps alerts with certain labels from being notified for a while.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListSilences(self, request, context):
+        """Lists silences.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExpireSilence(self, request, context):
+        """Ends a silence now.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -180,6 +220,21 @@ def add_MetricsServiceServicer_to_server(servicer, server):
                     request_deserializer=agent360_dot_metrics_dot_v1_dot_metrics__pb2.ListAlertsRequest.FromString,
                     response_serializer=agent360_dot_metrics_dot_v1_dot_metrics__pb2.ListAlertsResponse.SerializeToString,
             ),
+            'CreateSilence': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateSilence,
+                    request_deserializer=agent360_dot_metrics_dot_v1_dot_metrics__pb2.CreateSilenceRequest.FromString,
+                    response_serializer=agent360_dot_metrics_dot_v1_dot_metrics__pb2.CreateSilenceResponse.SerializeToString,
+            ),
+            'ListSilences': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSilences,
+                    request_deserializer=agent360_dot_metrics_dot_v1_dot_metrics__pb2.ListSilencesRequest.FromString,
+                    response_serializer=agent360_dot_metrics_dot_v1_dot_metrics__pb2.ListSilencesResponse.SerializeToString,
+            ),
+            'ExpireSilence': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExpireSilence,
+                    request_deserializer=agent360_dot_metrics_dot_v1_dot_metrics__pb2.ExpireSilenceRequest.FromString,
+                    response_serializer=agent360_dot_metrics_dot_v1_dot_metrics__pb2.ExpireSilenceResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'agent360.metrics.v1.MetricsService', rpc_method_handlers)
@@ -190,6 +245,8 @@ def add_MetricsServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class MetricsService:
     """Takes measurements and answers questions about them. A series belongs to one tenant; a query sees its caller's tenant alone.
+    Admins who may speak for all tenants may name the tenant `*` in Query, ListSeries, Watch and ListAlerts: then they see the
+    series of all, and conditions and group_by may use the label `tenant`, which holds each series' tenant.
     """
 
     @staticmethod
@@ -398,6 +455,87 @@ class MetricsService:
             '/agent360.metrics.v1.MetricsService/ListAlerts',
             agent360_dot_metrics_dot_v1_dot_metrics__pb2.ListAlertsRequest.SerializeToString,
             agent360_dot_metrics_dot_v1_dot_metrics__pb2.ListAlertsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateSilence(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/agent360.metrics.v1.MetricsService/CreateSilence',
+            agent360_dot_metrics_dot_v1_dot_metrics__pb2.CreateSilenceRequest.SerializeToString,
+            agent360_dot_metrics_dot_v1_dot_metrics__pb2.CreateSilenceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListSilences(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/agent360.metrics.v1.MetricsService/ListSilences',
+            agent360_dot_metrics_dot_v1_dot_metrics__pb2.ListSilencesRequest.SerializeToString,
+            agent360_dot_metrics_dot_v1_dot_metrics__pb2.ListSilencesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExpireSilence(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/agent360.metrics.v1.MetricsService/ExpireSilence',
+            agent360_dot_metrics_dot_v1_dot_metrics__pb2.ExpireSilenceRequest.SerializeToString,
+            agent360_dot_metrics_dot_v1_dot_metrics__pb2.ExpireSilenceResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,20 +27,23 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class MetricsServiceStub:
-    """Takes measurements and answers questions about them. A series belongs to one tenant; a query sees its caller's tenant alone."""
+    """Takes measurements and answers questions about them. A series belongs to one tenant; a query sees its caller's tenant alone.
+    Admins who may speak for all tenants may name the tenant `*` in Query, ListSeries, Watch and ListAlerts: then they see the
+    series of all, and conditions and group_by may use the label `tenant`, which holds each series' tenant.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> MetricsServiceAsyncStub: ...
     Report: _grpc.StreamStreamMultiCallable[_metrics_pb2.ReportRequest, _metrics_pb2.ReportResponse]
-    """Takes samples. Each message is acknowledged by its sequence number once it is durable."""
+    """Takes samples. Each message is acknowledged by its sequence number once it is durable; one that is sent again counts once."""
     Query: _grpc.UnaryUnaryMultiCallable[_metrics_pb2.QueryRequest, _metrics_pb2.QueryResponse]
     """Aggregates series over a time range."""
     ListSeries: _grpc.UnaryUnaryMultiCallable[_metrics_pb2.ListSeriesRequest, _metrics_pb2.ListSeriesResponse]
     """Lists series."""
     Watch: _grpc.UnaryStreamMultiCallable[_metrics_pb2.WatchRequest, _metrics_pb2.WatchResponse]
-    """Repeats a query every step and streams what is new."""
+    """Answers a query now and again whenever a step ends, until the caller leaves or the service stops."""
     SetAlertRule: _grpc.UnaryUnaryMultiCallable[_metrics_pb2.SetAlertRuleRequest, _metrics_pb2.SetAlertRuleResponse]
     """Makes or replaces an alert rule."""
     ListAlertRules: _grpc.UnaryUnaryMultiCallable[_metrics_pb2.ListAlertRulesRequest, _metrics_pb2.ListAlertRulesResponse]
@@ -49,20 +52,29 @@ class MetricsServiceStub:
     """Removes an alert rule."""
     ListAlerts: _grpc.UnaryUnaryMultiCallable[_metrics_pb2.ListAlertsRequest, _metrics_pb2.ListAlertsResponse]
     """Lists alerts that are pending or firing."""
+    CreateSilence: _grpc.UnaryUnaryMultiCallable[_metrics_pb2.CreateSilenceRequest, _metrics_pb2.CreateSilenceResponse]
+    """Keeps alerts with certain labels from being notified for a while."""
+    ListSilences: _grpc.UnaryUnaryMultiCallable[_metrics_pb2.ListSilencesRequest, _metrics_pb2.ListSilencesResponse]
+    """Lists silences."""
+    ExpireSilence: _grpc.UnaryUnaryMultiCallable[_metrics_pb2.ExpireSilenceRequest, _metrics_pb2.ExpireSilenceResponse]
+    """Ends a silence now."""
 
 @_typing.type_check_only
 class MetricsServiceAsyncStub(MetricsServiceStub):
-    """Takes measurements and answers questions about them. A series belongs to one tenant; a query sees its caller's tenant alone."""
+    """Takes measurements and answers questions about them. A series belongs to one tenant; a query sees its caller's tenant alone.
+    Admins who may speak for all tenants may name the tenant `*` in Query, ListSeries, Watch and ListAlerts: then they see the
+    series of all, and conditions and group_by may use the label `tenant`, which holds each series' tenant.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Report: _aio.StreamStreamMultiCallable[_metrics_pb2.ReportRequest, _metrics_pb2.ReportResponse]  # type: ignore[assignment]
-    """Takes samples. Each message is acknowledged by its sequence number once it is durable."""
+    """Takes samples. Each message is acknowledged by its sequence number once it is durable; one that is sent again counts once."""
     Query: _aio.UnaryUnaryMultiCallable[_metrics_pb2.QueryRequest, _metrics_pb2.QueryResponse]  # type: ignore[assignment]
     """Aggregates series over a time range."""
     ListSeries: _aio.UnaryUnaryMultiCallable[_metrics_pb2.ListSeriesRequest, _metrics_pb2.ListSeriesResponse]  # type: ignore[assignment]
     """Lists series."""
     Watch: _aio.UnaryStreamMultiCallable[_metrics_pb2.WatchRequest, _metrics_pb2.WatchResponse]  # type: ignore[assignment]
-    """Repeats a query every step and streams what is new."""
+    """Answers a query now and again whenever a step ends, until the caller leaves or the service stops."""
     SetAlertRule: _aio.UnaryUnaryMultiCallable[_metrics_pb2.SetAlertRuleRequest, _metrics_pb2.SetAlertRuleResponse]  # type: ignore[assignment]
     """Makes or replaces an alert rule."""
     ListAlertRules: _aio.UnaryUnaryMultiCallable[_metrics_pb2.ListAlertRulesRequest, _metrics_pb2.ListAlertRulesResponse]  # type: ignore[assignment]
@@ -71,9 +83,18 @@ class MetricsServiceAsyncStub(MetricsServiceStub):
     """Removes an alert rule."""
     ListAlerts: _aio.UnaryUnaryMultiCallable[_metrics_pb2.ListAlertsRequest, _metrics_pb2.ListAlertsResponse]  # type: ignore[assignment]
     """Lists alerts that are pending or firing."""
+    CreateSilence: _aio.UnaryUnaryMultiCallable[_metrics_pb2.CreateSilenceRequest, _metrics_pb2.CreateSilenceResponse]  # type: ignore[assignment]
+    """Keeps alerts with certain labels from being notified for a while."""
+    ListSilences: _aio.UnaryUnaryMultiCallable[_metrics_pb2.ListSilencesRequest, _metrics_pb2.ListSilencesResponse]  # type: ignore[assignment]
+    """Lists silences."""
+    ExpireSilence: _aio.UnaryUnaryMultiCallable[_metrics_pb2.ExpireSilenceRequest, _metrics_pb2.ExpireSilenceResponse]  # type: ignore[assignment]
+    """Ends a silence now."""
 
 class MetricsServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Takes measurements and answers questions about them. A series belongs to one tenant; a query sees its caller's tenant alone."""
+    """Takes measurements and answers questions about them. A series belongs to one tenant; a query sees its caller's tenant alone.
+    Admins who may speak for all tenants may name the tenant `*` in Query, ListSeries, Watch and ListAlerts: then they see the
+    series of all, and conditions and group_by may use the label `tenant`, which holds each series' tenant.
+    """
 
     @_abc_1.abstractmethod
     def Report(
@@ -81,7 +102,7 @@ class MetricsServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_metrics_pb2.ReportRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_metrics_pb2.ReportResponse], _abc.AsyncIterator[_metrics_pb2.ReportResponse]]:
-        """Takes samples. Each message is acknowledged by its sequence number once it is durable."""
+        """Takes samples. Each message is acknowledged by its sequence number once it is durable; one that is sent again counts once."""
 
     @_abc_1.abstractmethod
     def Query(
@@ -105,7 +126,7 @@ class MetricsServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _metrics_pb2.WatchRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_metrics_pb2.WatchResponse], _abc.AsyncIterator[_metrics_pb2.WatchResponse]]:
-        """Repeats a query every step and streams what is new."""
+        """Answers a query now and again whenever a step ends, until the caller leaves or the service stops."""
 
     @_abc_1.abstractmethod
     def SetAlertRule(
@@ -138,5 +159,29 @@ class MetricsServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_metrics_pb2.ListAlertsResponse, _abc.Awaitable[_metrics_pb2.ListAlertsResponse]]:
         """Lists alerts that are pending or firing."""
+
+    @_abc_1.abstractmethod
+    def CreateSilence(
+        self,
+        request: _metrics_pb2.CreateSilenceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_metrics_pb2.CreateSilenceResponse, _abc.Awaitable[_metrics_pb2.CreateSilenceResponse]]:
+        """Keeps alerts with certain labels from being notified for a while."""
+
+    @_abc_1.abstractmethod
+    def ListSilences(
+        self,
+        request: _metrics_pb2.ListSilencesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_metrics_pb2.ListSilencesResponse, _abc.Awaitable[_metrics_pb2.ListSilencesResponse]]:
+        """Lists silences."""
+
+    @_abc_1.abstractmethod
+    def ExpireSilence(
+        self,
+        request: _metrics_pb2.ExpireSilenceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_metrics_pb2.ExpireSilenceResponse, _abc.Awaitable[_metrics_pb2.ExpireSilenceResponse]]:
+        """Ends a silence now."""
 
 def add_MetricsServiceServicer_to_server(servicer: MetricsServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -47,7 +47,7 @@ class ProfilingServiceServicer:
     """
 
     def Profile(self, request, context):
-        """Profiles one service for a while and returns the profile in pieces. One at a time.
+        """Profiles the service for a while and returns the profile in pieces. One at a time, for admins.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -101,6 +101,12 @@ async def _listens(port: int) -> bool:
     return True
 
 
+def resident_bytes(pid: int) -> int:
+    """Memory of a process that is in RAM; see proc(5)."""
+    pages = int((PROCESSES / str(pid) / "statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
 async def _answers(port: int) -> bool:
     try:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)

@@ -213,6 +213,15 @@ class TinyLfu:
         outcome.rejected.clear()
         return outcome
 
+    def shed_memory(self, size_bytes: int) -> Outcome:
+        """Evicts at least so many bytes of what is worth least, though the bounds allow it all."""
+        bounds = self.bounds
+        self.bounds = Bounds(self._held, max(0, self.size_bytes - size_bytes))
+        outcome = Outcome([], [], [])
+        self._push_out(self._excess(_UNBEATEN) or [], outcome)
+        self.bounds = bounds
+        return outcome
+
     def _divide(self) -> None:
         """Gives the window its share of the bounds, and the protected entries theirs."""
         share = self._share.value

@@ -105,6 +105,9 @@ class Store(Protocol):
     def __len__(self) -> int:
         """How many entries there are, those that wait to be reclaimed included."""
 
+    def shed_memory(self, size_bytes: int) -> int:
+        """Lets go of so many bytes, worth least first; returns how many it were."""
+
     def totals(self) -> Counts:
         """The counts of all namespaces together."""
 

@@ -173,6 +173,10 @@ class CacheService(Replica):
         """The namespaces of all tenants."""
         return self._store.all_spaces()
 
+    def shed_memory(self, size_bytes: int) -> int:
+        """Lets go of so many bytes in memory, worth least first; returns how many it were."""
+        return self._store.shed_memory(size_bytes)
+
     async def sweep(self) -> None:
         """Lets go of everything that is over."""
         while self._store.sweep(self._clock.now(), _SWEEP_SLICE):  # noqa: ASYNC110 - a pause

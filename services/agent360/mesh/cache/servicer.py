@@ -17,6 +17,7 @@ from agent360.mesh.cache.claims import Claim, Claimed
 from agent360.mesh.cache.clock import LoopClock
 from agent360.mesh.cache.entry import Payload, Space
 from agent360.mesh.cache.replica import Write, count_stored
+from agent360.mesh.cache.reporting import LookupReport
 from agent360.mesh.cache.settings import CacheSettings
 from agent360.mesh.cache.warming import at_once, warm
 from agent360.mesh.cache.wire import requests as read
@@ -62,7 +63,8 @@ class CacheServicer:
             settings, self._clock, _Audit(context.mesh), context.registry, context.log
         )
         self._max_ttl_s = settings.max_ttl_s
-        self._sweeper: asyncio.Task[None] | None = None
+        self._report = LookupReport(self._service.all_spaces, context.mesh.metrics)
+        self._tasks: list[asyncio.Task[None]] = []
 
     @property
     def definitions(self) -> tuple[ServiceDefinition, ...]:
@@ -87,16 +89,22 @@ class CacheServicer:
             ),
         )
 
+    def shed_memory(self, size_bytes: int) -> int:
+        """See ``ShedsMemory.shed_memory``."""
+        return self._service.shed_memory(size_bytes)
+
     async def start(self) -> None:
         """See ``Servicer.start``."""
         await self._service.start()
-        self._sweeper = asyncio.create_task(self._service.run_sweeper())
+        for work in (self._service.run_sweeper(), self._report.run()):
+            self._tasks.append(asyncio.create_task(work))
 
     async def close(self) -> None:
         """See ``Servicer.close``."""
-        if self._sweeper is not None:
-            self._sweeper.cancel()
-            await asyncio.wait((self._sweeper,))
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._report.report()
         try:
             await self._service.close()
         except OSError as error:

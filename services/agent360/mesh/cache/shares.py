@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 from agent360.mesh.cache.admission import Bounds, Outcome, TinyLfu
@@ -87,6 +88,18 @@ class Shares:
             self.entries -= 1
             self.size_bytes -= entry.size_bytes
             tenancy.policy.remove(entry)
+
+    def shed_memory(self, size_bytes: int) -> Outcome:
+        """Lets go of so many bytes, worth least first, of all tenants in proportion."""
+        outcome = Outcome([], [], [])
+        part = min(1.0, size_bytes / self.size_bytes) if self.size_bytes else 0.0
+        for tenancy in self._tenancies.values():
+            policy = tenancy.policy
+            count, size = len(policy), policy.size_bytes
+            outcome.evicted.extend(policy.shed_memory(math.ceil(size * part)).evicted)
+            self.entries += len(policy) - count
+            self.size_bytes += policy.size_bytes - size
+        return outcome
 
     def _allowance(self, tenancy: Tenancy) -> Bounds:
         """What a tenant may hold now: what others leave or an equal share, within its quota."""

@@ -9,6 +9,7 @@ import secrets
 import signal
 import sys
 import threading
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -16,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from agent360.mesh.cli.audit import audit
 from agent360.mesh.cli.bench import bench
 from agent360.mesh.runtime.config import ConfigError, describe, load
 from agent360.mesh.runtime.policies.authentication import hash_key
@@ -30,6 +32,7 @@ app = typer.Typer(
 keys = typer.Typer(help="API keys.", no_args_is_help=True)
 app.add_typer(keys, name="keys")
 app.add_typer(bench, name="bench")
+app.add_typer(audit, name="audit")
 
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="TOML file with a table for each service.")
@@ -38,6 +41,26 @@ Assignments = Annotated[
     list[str] | None,
     typer.Option("--set", help="A setting by its dotted path, such as deadline.default_s=5."),
 ]
+
+
+class ProfileKind(StrEnum):
+    """What a profile looks at."""
+
+    CPU = "cpu"
+    MEMORY = "memory"
+    IO = "io"
+
+
+class LogLevel(StrEnum):
+    """The least level of what is printed."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+    CRITICAL = "critical"
+
+
 Service = Annotated[str, typer.Argument(help=f"One of {', '.join(sorted(NAMES))}.")]
 
 
@@ -60,9 +83,9 @@ def serve(
     assignments: Assignments = None,
 ) -> None:
     """Run one service until SIGTERM."""
+    from agent360.mesh.runtime.logs import configure_logging
     from agent360.mesh.runtime.server import Server
     from agent360.mesh.runtime.settings import SettingError
-    from agent360.mesh.runtime.telemetry import configure_logging
 
     flags = parse_assignments(assignments)
     for name, value in (("host", host), ("port", port), ("http_port", http_port)):
@@ -73,7 +96,7 @@ def serve(
     kind = _kind(service)
     try:
         settings = load(kind.settings, config=config, flags=flags).settings
-        configure_logging(settings.log)
+        configure_logging(settings.log, settings.redaction, settings.service)
         server = Server(settings, kind.servicer)
     except (ConfigError, ValueError) as error:
         fail(str(error))
@@ -203,6 +226,81 @@ def health(
     status, serving = asyncio.run(probe(address, service, timeout, ca))
     typer.echo(f"{address} {status}")
     raise typer.Exit(0 if serving else 1)
+
+
+@app.command()
+def profile(
+    service: Service,
+    seconds: Annotated[float, typer.Option(help="For how long, at most 60.")] = 10.0,
+    kind: Annotated[
+        ProfileKind,
+        typer.Option(help="cpu: where time goes; memory: allocations; io: the event loop."),
+    ] = ProfileKind.CPU,
+    file: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write; default: by its subject.")
+    ] = None,
+    html: Annotated[bool, typer.Option(help="A page instead of JSON for speedscope.")] = False,
+    opened: Annotated[
+        bool, typer.Option("--open", help="Show it in a browser, as a page.")
+    ] = False,
+    ca: Annotated[
+        Path | None, typer.Option(envvar="AGENT360_CA", help="PEM file to trust; TLS is used.")
+    ] = None,
+) -> None:
+    """Profile a running service; its address is AGENT360_<SERVICE>_ADDRESS or the default."""
+    from agent360.mesh.cli.profile import run_profile
+
+    output: Any = "html" if html or opened else "speedscope"
+    code = run_profile(service, kind.value, seconds, output, file, ca=ca, opened=opened)
+    raise typer.Exit(code)
+
+
+@app.command()
+def top(
+    window: Annotated[
+        float, typer.Option(min=10, help="Rates are means over so many seconds.")
+    ] = 60,
+    every: Annotated[float, typer.Option(min=0.5, help="Seconds between looks.")] = 2,
+    tenant: Annotated[str, typer.Option(help="Whose figures; *: all tenants', for admins.")] = "*",
+    once: Annotated[bool, typer.Option("--once", help="Print one look instead.")] = False,
+    ca: Annotated[
+        Path | None, typer.Option(envvar="AGENT360_CA", help="PEM file to trust; TLS is used.")
+    ] = None,
+) -> None:
+    """Show what the mesh is doing: traffic, errors, latency, tokens, cost, denials, alerts."""
+    from agent360.mesh.cli.top.command import run_top
+
+    code = run_top(window_s=window, every_s=every, tenant=tenant, ca=ca, once=once)
+    raise typer.Exit(code)
+
+
+@app.command()
+def logs(
+    service: Annotated[str, typer.Option(help="Of one service; empty: of all.")] = "",
+    level: Annotated[LogLevel | None, typer.Option(help="The least level.")] = None,
+    since: Annotated[str, typer.Option(help="How far back: 90s, 15m, 1h, 2d.")] = "1h",
+    tenant: Annotated[str, typer.Option(help="Whose; *: all tenants', which is for admins.")] = "*",
+    pattern: Annotated[str, typer.Option(help="With this pattern.")] = "",
+    trace: Annotated[str, typer.Option(help="Of this trace.")] = "",
+    limit: Annotated[int, typer.Option(min=1, help="How many at most, the latest.")] = 200,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on with those to come.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON lines.")] = False,
+    ca: Annotated[
+        Path | None, typer.Option(envvar="AGENT360_CA", help="PEM file to trust; TLS is used.")
+    ] = None,
+) -> None:
+    """Print what the services logged at warning and above, and a sample of the rest."""
+    from agent360.mesh.cli.logs import Wanted, read_duration, run_logs
+
+    try:
+        span = read_duration(since)
+    except ValueError as error:
+        fail(f"--since: {error}")
+    least: Any = level.value if level else None
+    wanted = Wanted(span, tenant, service, least, pattern, trace, limit)
+    raise typer.Exit(run_logs(wanted, ca=ca, follow=follow, as_json=as_json))
 
 
 @app.command("config")

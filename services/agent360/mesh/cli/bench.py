@@ -89,6 +89,23 @@ def inference(
 
 
 @bench.command()
+def metrics(
+    rounds: Rounds = 5,
+    seconds: Seconds = 1.0,
+    json_file: JsonFile = None,
+) -> None:
+    """The metrics service: samples taken in, queries over a day, and what they cost."""
+    from agent360.mesh.bench.metrics import flatten, measure, print_metrics_figures
+    from agent360.mesh.bench.report import write_json
+
+    figures = asyncio.run(measure(rounds, seconds, _report))
+    flat = flatten(figures)
+    print_metrics_figures(figures, flat, Console())
+    if json_file is not None:
+        write_json(flat, json_file)
+
+
+@bench.command()
 def compare(old: Path, new: Path) -> None:
     """Print the ratios between two result files."""
     from agent360.mesh.bench.report import print_comparison

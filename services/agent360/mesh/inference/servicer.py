@@ -40,11 +40,10 @@ from agent360.mesh.inference.settings import InferenceSettings, ModelSettings
 from agent360.mesh.inference.upstream import Upstream
 from agent360.mesh.inference.wire import requests, responses
 from agent360.mesh.runtime import pages
-from agent360.mesh.runtime.call import Call, Emit, Item
+from agent360.mesh.runtime.call import MESH_TENANT, Call, Emit, Item
 from agent360.mesh.runtime.http_calls import HttpCalls
 from agent360.mesh.runtime.service import ServiceContext, ServiceDefinition
 from agent360.mesh.runtime.settings import SettingError
-from agent360.mesh.runtime.telemetry import MESH_TENANT
 from agent360.mesh.runtime.watched_file import WatchedFile
 
 

@@ -1,94 +1,75 @@
-"""The wire side of the metrics service: MetricsService, AuditService, ProfilingService."""
+"""The wire side of the metrics service: MetricsService, AuditService, LogService and OTLP."""
 
 from __future__ import annotations
 
-import asyncio
-import time
-import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Final, NamedTuple
 
-from agent360.audit.v1 import audit_pb2
-from agent360.client.errors import InvalidRequestError
-from agent360.mesh.metrics import wire
-from agent360.mesh.metrics.ports import AuditEvent, Store
-from agent360.mesh.metrics.query import answer
-from agent360.mesh.metrics.rollup import Kind, Sample, SeriesId
-from agent360.mesh.metrics.settings import SCHEME, MetricsSettings
-from agent360.mesh.metrics.stores.sqlite import SqliteStore
-from agent360.mesh.runtime.call import Call, Emit, Item
-from agent360.mesh.runtime.pages import (
-    decode_page_token,
-    encode_page_token,
-    page_size,
-    read_mask,
-)
-from agent360.mesh.runtime.service import ServiceContext, ServiceDefinition
+import grpc
+
+from agent360.client.errors import MeshError
+from agent360.logs.v1.logs_pb2 import LogRecord
+from agent360.mesh.metrics.alerts.rpcs import METHODS as ALERT_METHODS
+from agent360.mesh.metrics.alerts.rpcs import AlertRpcs
+from agent360.mesh.metrics.alerts.service import AlertService
+from agent360.mesh.metrics.assembly import Openers, Parts, assemble
+from agent360.mesh.metrics.audit.servicing import DESCRIPTOR as AUDIT
+from agent360.mesh.metrics.audit.servicing import AuditService
+from agent360.mesh.metrics.exposition import IntakeCollector
+from agent360.mesh.metrics.logs.servicing import DESCRIPTOR as LOGS
+from agent360.mesh.metrics.logs.servicing import LogService
+from agent360.mesh.metrics.measurements import LocalMeasurements
+from agent360.mesh.metrics.otlp import OtlpService
+from agent360.mesh.metrics.otlp.service import SERVICE as OTLP
+from agent360.mesh.metrics.queries.assembly import Queries, assemble_queries
+from agent360.mesh.metrics.rejections import Rejections
+from agent360.mesh.metrics.report import AcceptedTimes, ReportService
+from agent360.mesh.metrics.series_table import SeriesTable
+from agent360.mesh.metrics.settings import MetricsSettings
+from agent360.mesh.runtime.admin import Readiness
+from agent360.mesh.runtime.call import MESH_TENANT, Call, Emit, Item
+from agent360.mesh.runtime.service import ServiceContext, ServiceDefinition, UnaryHandler
 from agent360.metrics.v1 import metrics_pb2
-from agent360.profiling.v1 import profiling_pb2
 
 _METRICS: Final = metrics_pb2.DESCRIPTOR.services_by_name["MetricsService"]
-_AUDIT: Final = audit_pb2.DESCRIPTOR.services_by_name["AuditService"]
-_PROFILING: Final = profiling_pb2.DESCRIPTOR.services_by_name["ProfilingService"]
-_LOCAL_EVERY_S: Final = 1.0
-_EXPIRE_EVERY_S: Final = 600.0
-_NAMED_REJECTIONS: Final = 10
 
 
-class LocalMeasurements:
-    """What the metrics service measures of itself, taken in without a call."""
+class Started(NamedTuple):
+    """What there is once the service has started."""
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._samples: list[Sample] = []
-        self._reporter_id = f"metrics-{uuid.uuid4().hex}"
-        self._sequence = 0
-
-    def count(
-        self,
-        name: str,
-        value: float = 1.0,
-        labels: Mapping[str, str] | None = None,
-        tenant: str = "",
-    ) -> None:
-        """See ``Measurements.count``."""
-        series = SeriesId(tenant, name, _rows(labels), Kind.COUNTER, "1")
-        self._samples.append(Sample(series, time.time(), value, 1))
-
-    def observe(
-        self,
-        name: str,
-        value: float,
-        labels: Mapping[str, str] | None = None,
-        tenant: str = "",
-        *,
-        unit: str = "",
-        count: int = 1,
-    ) -> None:
-        """See ``Measurements.observe``."""
-        series = SeriesId(tenant, name, _rows(labels), Kind.DISTRIBUTION, unit)
-        self._samples.append(Sample(series, time.time(), value, count))
-
-    async def flush(self) -> None:
-        """Stores what was measured."""
-        if self._samples:
-            samples, self._samples = self._samples, []
-            self._sequence += 1
-            await self._store.take(self._reporter_id, self._sequence, samples)
+    parts: Parts
+    reports: ReportService
+    otlp: OtlpService
+    queries: Queries
+    alerts: AlertRpcs
+    audit: AuditService
+    logs: LogService
 
 
 class MetricsServicer:
-    """Serves measurements and audit events; profiles come later."""
+    """Serves measurements, audit events and log records."""
 
-    def __init__(self, settings: MetricsSettings, context: ServiceContext) -> None:
+    def __init__(
+        self,
+        settings: MetricsSettings,
+        context: ServiceContext,
+        openers: Openers | None = None,
+    ) -> None:
+        """Prepares the service.
+
+        Args:
+            settings: of the service.
+            context: what the runtime gives.
+            openers: how the disk is reached; None: as the settings say.
+        """
         self._settings = settings
         self._log = context.log
-        self._store: Store = SqliteStore(
-            settings.store.removeprefix(SCHEME), settings.max_series_per_tenant
-        )
-        self.measurements = LocalMeasurements(self._store)
-        self._draining = asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._registry = context.registry
+        self._openers = openers or Openers()
+        self._table = SeriesTable(settings.max_series_per_tenant)
+        self._rejections = Rejections()
+        self.measurements = LocalMeasurements(self._table, self._rejections)
+        self._started: Started | None = None
 
     @property
     def definitions(self) -> tuple[ServiceDefinition, ...]:
@@ -96,153 +77,155 @@ class MetricsServicer:
         return (
             ServiceDefinition(
                 _METRICS,
-                unary={"Query": self.query, "ListSeries": self.list_series},
-                bidirectional={"Report": self.report},
-                planned={
-                    "Watch": "watched queries",
-                    "SetAlertRule": "alerts",
-                    "ListAlertRules": "alerts",
-                    "DeleteAlertRule": "alerts",
-                    "ListAlerts": "alerts",
+                unary={
+                    "Query": self.query,
+                    "ListSeries": self.list_series,
+                    **{name: self._of_alerts(name) for name in ALERT_METHODS},
                 },
+                bidirectional={"Report": self.report},
+                streaming={"Watch": self.watch},
+                all_tenants=frozenset({"Query", "ListSeries", "Watch", "ListAlerts"}),
             ),
             ServiceDefinition(
-                _AUDIT, batch={"Record": self.record}, unary={"ListEvents": self.list_events}
+                AUDIT,
+                batch={"Record": self.record},
+                unary={"ListEvents": self.list_events},
+                streaming={"VerifyEvents": self.verify_events},
+                all_tenants=frozenset({"VerifyEvents"}),
+                long_lived=frozenset({"VerifyEvents"}),
             ),
-            ServiceDefinition(_PROFILING, planned={"Profile": "profiling on demand"}),
+            ServiceDefinition(
+                LOGS,
+                unary={"Write": self.write, "ListRecords": self.list_records},
+                all_tenants=frozenset({"ListRecords"}),
+                default_tenant=MESH_TENANT,
+            ),
+            ServiceDefinition(OTLP, unary={"Export": self.export}),
         )
 
     async def start(self) -> None:
         """See ``Servicer.start``."""
-        self._tasks = [
-            asyncio.create_task(self._keep_local()),
-            asyncio.create_task(self._keep_expiring()),
-        ]
+        parts = await assemble(
+            self._settings, self._table, self.measurements, self._log, self._openers
+        )
+        queries = assemble_queries(self._settings, parts.history, parts.intake)
+        alerts = AlertService(self._settings.alerts, parts.stores.rules, queries.engine, self._log)
+        alerts.start()
+        bounds = self._settings.intake
+        times = AcceptedTimes(bounds.late_s, bounds.early_s)
+        intake, table, rejections = parts.intake, self._table, self._rejections
+        self._started = Started(
+            parts,
+            ReportService(intake, table, times, rejections),
+            OtlpService(self._settings.otlp, intake, table, times, rejections),
+            queries,
+            AlertRpcs(alerts, max_rules=self._settings.alerts.max_rules),
+            parts.audit,
+            parts.logs,
+        )
+        for collector in parts.stores.collectors:
+            self._registry.register(collector)
+        self._registry.register(queries)
+        self._registry.register(alerts)
+        self._registry.register(IntakeCollector(parts.intake, self._table, self._rejections))
+
+    def readiness(self) -> Readiness:
+        """Ready as long as what is reported can be made durable."""
+        intake = self.started.parts.intake
+        if intake.fault:
+            return Readiness(ready=False, hindrance="the journal cannot be written")
+        if intake.commit_fault and not intake.has_room:
+            return Readiness(ready=False, hindrance="the store is away and the journal has no room")
+        if intake.commit_fault:
+            return Readiness(
+                ready=True, hindrance="the store is away; what is reported is in the journal"
+            )
+        return Readiness(ready=True)
 
     def drain(self) -> None:
-        """Asks reporters to go on with a new stream."""
-        self._draining.set()
+        """Asks reporters to go on with a new stream, and ends watches."""
+        if self._started is not None:
+            self._started.reports.drain()
+            self._started.queries.watches.drain()
+
+    def shed_memory(self, size_bytes: int) -> int:
+        """Lets go of what is kept of queries."""
+        if self._started is None:
+            return 0
+        kept = self._started.queries.kept
+        return kept.shrink(max(0, kept.size_bytes - size_bytes))
 
     async def close(self) -> None:
         """See ``Servicer.close``."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self.measurements.flush()
-        await self._store.close()
+        if self._started is not None:
+            await self._started.alerts.close()
+            await self._started.parts.close(self.measurements)
+
+    @property
+    def started(self) -> Started:
+        """What there is once the service has started.
+
+        Raises:
+            MeshError: it has not yet.
+        """
+        if self._started is None:
+            raise MeshError(
+                grpc.StatusCode.UNAVAILABLE, "STARTING", "the service is starting; repeat the call"
+            )
+        return self._started
 
     # ---------------------------------------------------------------- measurements
 
-    async def report(self, call: Call, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    def report(self, call: Call, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
         """Takes messages of samples; acknowledges each once it is durable."""
-        reader = wire.ReportReader(call)
-        stopping = asyncio.create_task(self._draining.wait())
-        try:
-            while True:
-                coming = asyncio.ensure_future(anext(requests, None))
-                await asyncio.wait((coming, stopping), return_when=asyncio.FIRST_COMPLETED)
-                if not coming.done():
-                    coming.cancel()
-                    yield metrics_pb2.ReportResponse(drain=True)
-                    return
-                request = coming.result()
-                if request is None:
-                    return
-                samples, refused = reader.read(request)
-                intake = await self._store.take(request.reporter_id, request.sequence, samples)
-                reasons = [*refused, *intake.rejections]
-                yield metrics_pb2.ReportResponse(
-                    acknowledged=request.sequence,
-                    rejected=len(reasons),
-                    rejections=reasons[:_NAMED_REJECTIONS],
-                )
-        finally:
-            stopping.cancel()
+        return self.started.reports.report(call, requests)
+
+    async def export(self, call: Call, request: Any) -> Any:
+        """Takes what OpenTelemetry exporters send."""
+        return await self.started.otlp.export(call, request)
 
     async def query(self, call: Call, request: Any) -> Any:
         """Aggregates series over a time range."""
-        size = page_size(request.page_size)
-        query = wire.read_query(call.tenant, request, time.time())
-        fingerprint = wire.without_page(request)
-        offset = decode_page_token(call.tenant, fingerprint, request.page_token) or 0
-        masked = read_mask(request, metrics_pb2.Group)
-        rows = await self._store.rollups(
-            call.tenant, query.name, query.matchers, query.start_s, query.end_s
-        )
-        groups = answer(query, rows)
-        response = metrics_pb2.QueryResponse()
-        for group in groups[offset : offset + size]:
-            response.groups.append(masked(wire.group_message(group)))
-        if len(groups) > offset + size:
-            response.next_page_token = encode_page_token(call.tenant, fingerprint, offset + size)
-        return response
+        return await self.started.queries.rpcs.query(call, request)
 
     async def list_series(self, call: Call, request: Any) -> Any:
-        """Lists the tenant's series."""
-        size = page_size(request.page_size)
-        matchers = wire.read_matchers(request.matchers)
-        fingerprint = wire.without_page(request)
-        offset = decode_page_token(call.tenant, fingerprint, request.page_token) or 0
-        masked = read_mask(request, metrics_pb2.Series)
-        found = [
-            series
-            for series in await self._store.series(call.tenant, request.name)
-            if all(matcher.holds(dict(series.labels)) for matcher in matchers)
-        ]
-        response = metrics_pb2.ListSeriesResponse()
-        for series in found[offset : offset + size]:
-            response.series.append(masked(wire.series_message(series)))
-        if len(found) > offset + size:
-            response.next_page_token = encode_page_token(call.tenant, fingerprint, offset + size)
-        return response
+        """Lists series."""
+        return await self.started.queries.rpcs.list_series(call, request)
 
-    # ---------------------------------------------------------------- audit
+    async def watch(self, call: Call, request: Any) -> AsyncIterator[Any]:
+        """Answers a query again and again."""
+        async for response in self.started.queries.rpcs.watch(call, request):
+            yield response
+
+    def _of_alerts(self, name: str) -> UnaryHandler:
+        async def handle(call: Call, request: Any) -> Any:
+            return await self.started.alerts.handle(name, call, request)
+
+        return handle
+
+    # ---------------------------------------------------------------- audit and logs
 
     async def record(self, items: Sequence[Item], emit: Emit) -> None:
-        """Records events; they share a transaction."""
-        for item in items:
-            try:
-                event = wire.read_event(item.call, item.request)
-            except InvalidRequestError as error:
-                emit.fail(item, error)
-                continue
-            emit.start(item, self._record(item, emit, event))
+        """Records audit events."""
+        await self.started.audit.record(items, emit)
 
     async def list_events(self, call: Call, request: Any) -> Any:
-        """Lists events, the newest first."""
-        size = page_size(request.page_size)
-        wanted = wire.read_event_filter(call.tenant, request)
-        query = request.filter.SerializeToString(deterministic=True)
-        position = decode_page_token(call.tenant, query, request.page_token)
-        masked = read_mask(request, audit_pb2.Event)
-        before = (int(position[0]), str(position[1])) if position else None
-        events = await self._store.events(wanted, before, size + 1)
-        response = audit_pb2.ListEventsResponse()
-        for event in events[:size]:
-            response.events.append(masked(audit_pb2.Event.FromString(event.body)))
-        if len(events) > size:
-            last = events[size - 1]
-            response.next_page_token = encode_page_token(
-                call.tenant, query, [last.time_us, last.event_id]
-            )
-        return response
+        """Lists audit events."""
+        return await self.started.audit.list_events(call, request)
 
-    async def _record(self, item: Item, emit: Emit, event: AuditEvent) -> None:
-        await self._store.record(event)
-        emit.reply(item).event_id = event.event_id
+    async def verify_events(self, call: Call, request: Any) -> AsyncIterator[Any]:
+        """Checks that audit events are as they were recorded."""
+        async for response in self.started.audit.verify_events(call, request):
+            yield response
 
-    # ---------------------------------------------------------------- in the background
+    async def write(self, call: Call, request: Any) -> Any:
+        """Keeps log records."""
+        return await self.started.logs.write(call, request)
 
-    async def _keep_local(self) -> None:
-        while True:
-            await asyncio.sleep(_LOCAL_EVERY_S)
-            await self.measurements.flush()
+    async def write_own_logs(self, records: Sequence[LogRecord]) -> None:
+        """See ``KeepsLogs.write_own_logs``."""
+        await self.started.logs.write_own(records)
 
-    async def _keep_expiring(self) -> None:
-        while True:
-            await self._store.expire(time.time() - self._settings.retention_s)
-            await asyncio.sleep(_EXPIRE_EVERY_S)
-
-
-def _rows(labels: Mapping[str, str] | None) -> tuple[tuple[str, str], ...]:
-    return tuple(sorted(labels.items())) if labels else ()
+    async def list_records(self, call: Call, request: Any) -> Any:
+        """Lists log records."""
+        return await self.started.logs.list_records(call, request)

@@ -13,14 +13,13 @@ from agent360.mesh.ratelimit.failures import limit_unknown, limits_are_admins
 from agent360.mesh.ratelimit.limits import Limit
 from agent360.mesh.ratelimit.settings import RateLimitSettings
 from agent360.mesh.ratelimit.wire import limit_message, read_limit
-from agent360.mesh.runtime.call import Call
+from agent360.mesh.runtime.call import MESH_TENANT, Call
 from agent360.mesh.runtime.pages import (
     decode_page_token,
     encode_page_token,
     page_size,
     read_mask,
 )
-from agent360.mesh.runtime.telemetry import MESH_TENANT
 from agent360.mesh.runtime.validation import Violations
 from agent360.ratelimit.v1 import ratelimit_pb2 as pb
 

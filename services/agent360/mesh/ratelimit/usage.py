@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Final, Protocol
 
 from agent360.mesh.ratelimit.decisions import Decision
-from agent360.mesh.runtime.telemetry import MESH_TENANT
+from agent360.mesh.runtime.call import MESH_TENANT
 
 _REPORT_EVERY_S: Final = 5.0
 _MAX_ROWS: Final = 10_000

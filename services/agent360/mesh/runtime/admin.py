@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry, generate_latest
@@ -15,14 +15,25 @@ _SHUTDOWN_S: Final = 1.0
 """How long the last bytes of answers may take to go out when everything else has ended."""
 
 
+class Readiness(NamedTuple):
+    """Whether calls should be sent here."""
+
+    ready: bool
+    hindrance: str = ""
+    """What hampers the service, though it may be ready; shown to everybody."""
+
+
 class AdminServer:
     """Serves /metrics, /healthz and /readyz, and the routes of a service that has an HTTP API."""
 
     def __init__(
-        self, registry: CollectorRegistry, is_ready: Callable[[], bool], max_body_bytes: int
+        self,
+        registry: CollectorRegistry,
+        readiness: Callable[[], Readiness],
+        max_body_bytes: int,
     ) -> None:
         self._registry = registry
-        self._is_ready = is_ready
+        self._readiness = readiness
         self._max_body_bytes = max_body_bytes
         self._runner: web.AppRunner | None = None
         self.port = 0
@@ -74,6 +85,6 @@ class AdminServer:
         return web.Response(text="ok\n")
 
     async def _readyz(self, _: web.Request) -> web.Response:
-        if self._is_ready():
-            return web.Response(text="ready\n")
-        return web.Response(status=503, text="not ready\n")
+        ready, hindrance = self._readiness()
+        text = ("ready" if ready else "not ready") + (f": {hindrance}" if hindrance else "")
+        return web.Response(status=200 if ready else 503, text=f"{text}\n")

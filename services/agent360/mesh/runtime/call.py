@@ -9,6 +9,10 @@ from enum import IntEnum
 from typing import Any, Final, Protocol
 
 ANY_TENANT: Final = "*"
+"""In a principal's tenants: all of them. As the tenant of a call: see ``Call.all_tenants``."""
+
+MESH_TENANT: Final = "agent360-mesh"
+"""The tenant of what the mesh does and measures on nobody's behalf."""
 
 
 class Priority(IntEnum):
@@ -67,6 +71,8 @@ class Call:
     """Names the call in logs; empty if the caller gave none."""
     peer: str = ""
     """The caller's address."""
+    all_tenants: bool = False
+    """True if the caller asks about all tenants, and may: ``tenant`` is the mesh's then."""
     streamed: bool = False
     """True for items of a Pipeline stream."""
     waited_s: float = 0.0

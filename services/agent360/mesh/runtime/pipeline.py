@@ -27,6 +27,7 @@ from agent360.mesh.runtime.call import BatchHandler, Call, Item, Principal, Prio
 from agent360.mesh.runtime.failures import abort, deadline_error, to_mesh_error
 from agent360.mesh.runtime.policies import Policies
 from agent360.mesh.runtime.settings import StreamSettings
+from agent360.mesh.runtime.single import current_group
 from agent360.mesh.runtime.validation import seconds_of
 
 PRIORITIES: Final = (Priority.NORMAL, Priority.LOW, Priority.NORMAL, Priority.HIGH)
@@ -408,6 +409,7 @@ class PipelineStream:
             await self._progress.wait()
 
     async def _work_alone(self, item: Item, work: Coroutine[Any, Any, None]) -> None:
+        current_group.set(item.group)
         enter_scope(item.group.scope())
         try:
             await work

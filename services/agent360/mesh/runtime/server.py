@@ -8,6 +8,7 @@ import os
 import signal
 import ssl
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Final, Protocol, runtime_checkable
 
 import grpc
@@ -20,11 +21,14 @@ from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector,
 
 from agent360.client import Mesh, Tls
 from agent360.client.channel import server_options
-from agent360.mesh.runtime.admin import AdminServer
+from agent360.logs.v1.logs_pb2 import LogRecord
+from agent360.mesh.runtime.admin import AdminServer, Readiness
+from agent360.mesh.runtime.call import MESH_TENANT
 from agent360.mesh.runtime.handlers import HandlerFactory
 from agent360.mesh.runtime.http_calls import HttpCalls
 from agent360.mesh.runtime.interceptor import Compression, PolicyInterceptor
-from agent360.mesh.runtime.memory import tune_garbage_collection
+from agent360.mesh.runtime.logs import LogReport, current_hub
+from agent360.mesh.runtime.memory import MemoryGuard, ShedsMemory, tune_garbage_collection
 from agent360.mesh.runtime.policies import Policies, Policy
 from agent360.mesh.runtime.policies.access import AccessPolicy
 from agent360.mesh.runtime.policies.authentication import AuthenticationPolicy, Authenticator
@@ -32,8 +36,10 @@ from agent360.mesh.runtime.policies.deadline import DeadlinePolicy
 from agent360.mesh.runtime.policies.quota import LocalLimiter, LocalQuotaPolicy, RemoteQuotaPolicy
 from agent360.mesh.runtime.policies.shedding import SheddingPolicy
 from agent360.mesh.runtime.policies.tracing import TracingPolicy
+from agent360.mesh.runtime.profiling import ProfilingServicer
 from agent360.mesh.runtime.red import RedTable
-from agent360.mesh.runtime.service import ServiceContext, Servicer
+from agent360.mesh.runtime.resources import ResourceMonitor
+from agent360.mesh.runtime.service import ServiceContext, ServiceDefinition, Servicer
 from agent360.mesh.runtime.settings import ServerSettings, TlsSettings
 from agent360.mesh.runtime.telemetry import Measurements, SelfReport, Tracing
 
@@ -52,6 +58,26 @@ class MeasuresItself(Protocol):
 
     measurements: Measurements
     """Its own intake."""
+
+
+@runtime_checkable
+class KeepsLogs(Protocol):
+    """A servicer that keeps log records itself: the metrics service."""
+
+    async def write_own_logs(self, records: Sequence[LogRecord]) -> None:
+        """Keeps records of this process.
+
+        Raises:
+            MeshError: they cannot be kept now.
+        """
+
+
+@runtime_checkable
+class KnowsReadiness(Protocol):
+    """A servicer that may be hampered while it serves."""
+
+    def readiness(self) -> Readiness:
+        """Whether calls should be sent to it at present."""
 
 
 @runtime_checkable
@@ -74,6 +100,7 @@ ServicerFactory = Callable[[Any, ServiceContext], Servicer]
 """Makes a servicer from its settings: the servicer's class."""
 
 _HTTP_OFFSET: Final = 1000
+_LOGS_TIMEOUT_S: Final = 5.0
 _NOT_CALLS: Final = frozenset({"Pipeline", "Watch", "Report"})
 
 
@@ -107,10 +134,11 @@ class Server:
         self._factory = factory
         self._given_mesh = mesh
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # not in __all__
-        self._admin = AdminServer(self.registry, lambda: self.ready, settings.max_message_bytes)
+        self._admin = AdminServer(self.registry, self._readiness, settings.max_message_bytes)
         self._tracing = Tracing(settings.tracing, settings.service)
         self._red = RedTable()
         self.registry.register(self._red)
+        self._memory = MemoryGuard(settings.memory, self.log, self.registry)
         self.ready = False
         """Whether calls are served."""
         self.port = 0
@@ -144,6 +172,23 @@ class Server:
             else self._mesh.metrics
         )
         self._report = SelfReport(self._red, measurements, self._mesh.audit, settings.service)
+        self._logs = LogReport(
+            settings.service,
+            settings.log.shipping,
+            measurements,
+            self._servicer.write_own_logs
+            if isinstance(self._servicer, KeepsLogs)
+            else self._write_logs,
+            current_hub(),
+        )
+        monitor = ResourceMonitor(settings.service, measurements, Path.cwd())
+        self.registry.register(monitor)
+        if isinstance(self._servicer, ShedsMemory):
+            self._memory.caches.append(self._servicer)
+        self._definitions = (
+            *self._servicer.definitions,
+            ProfilingServicer(settings.service, self.log).definition,
+        )
         policies = Policies(self._policies())
         self._handlers = HandlerFactory(settings, policies, self.log)
         authenticator = Authenticator(
@@ -172,7 +217,8 @@ class Server:
         self.port = self._bind(f"{settings.host}:{self._wanted(settings.port, 0)}")
         await self._grpc.start()
         await self._servicer.start()
-        self._tasks.append(asyncio.create_task(self._report.run()))
+        for watch in (self._report, self._logs, monitor, self._memory):
+            self._tasks.append(asyncio.create_task(watch.run()))
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         self.ready = True
         self.log.info("serving", address=self.address, http_port=self.http_port)
@@ -198,6 +244,7 @@ class Server:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._report.report()
+        await self._logs.close()
         await self._servicer.close()
         if self._given_mesh is None:
             await self._mesh.close()
@@ -236,17 +283,28 @@ class Server:
             await asyncio.wait((starting,))
         await self.stop()
 
+    def _readiness(self) -> Readiness:
+        if self.ready and isinstance(self._servicer, KnowsReadiness):
+            return self._servicer.readiness()
+        return Readiness(self.ready)
+
+    async def _write_logs(self, records: Sequence[LogRecord]) -> None:
+        await self._mesh.logs.write(records, timeout=_LOGS_TIMEOUT_S, tenant=MESH_TENANT)
+
     # ---------------------------------------------------------------- building
 
     def _policies(self) -> list[Policy]:
         settings = self.settings
-        self._authorization = AuthenticationPolicy(settings.tenants)
+        self._authorization = AuthenticationPolicy(
+            settings.tenants, self._methods(lambda definition: definition.all_tenants)
+        )
         policies: list[Policy] = [AccessPolicy(settings.log, self._red, self.log)]
         if self._tracing.enabled:
             policies.append(TracingPolicy(self._tracing.tracer, settings.tracing.sample_ratio))
         policies += [
             self._authorization,
             DeadlinePolicy(settings.deadline),
+            self._memory,
             SheddingPolicy(settings.shedding),
         ]
         if isinstance(self._servicer, LimitsItself):
@@ -265,36 +323,31 @@ class Server:
     def _build(self, policies: Policies, authenticator: Authenticator) -> grpc.aio.Server:
         settings = self.settings
         compressed = settings.compression != "none"
-        lasting = {
-            f"/{definition.descriptor.full_name}/{method}"
-            for definition in self._servicer.definitions
-            for method in _NOT_CALLS | definition.long_lived
-        }
+        lasting = self._methods(lambda definition: _NOT_CALLS | definition.long_lived)
         server = grpc.aio.server(
             interceptors=[
                 PolicyInterceptor(
                     authenticator,
                     policies,
                     self._authorization,
-                    long_lived=frozenset(lasting),
+                    long_lived=lasting,
                     compression=Compression(grpc.Compression.Gzip, settings.compression_min_bytes)
                     if compressed
                     else None,
                     log=self.log,
                     default_tenants={
                         f"/{each.descriptor.full_name}/{method.name}": each.default_tenant
-                        for each in self._servicer.definitions
-                        if each.default_tenant
+                        for each in self._definitions
                         for method in each.descriptor.methods
                     },
                 )
             ],
             options=server_options(settings.max_message_bytes),
         )
-        for definition in self._servicer.definitions:
+        for definition in self._definitions:
             server.add_generic_rpc_handlers((self._handlers.generic_handler(definition),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        names = [definition.descriptor.full_name for definition in self._servicer.definitions]
+        names = [definition.descriptor.full_name for definition in self._definitions]
         if settings.channelz:
             channelz.add_channelz_servicer(server)
             names.append("grpc.channelz.v1.Channelz")
@@ -303,6 +356,14 @@ class Server:
                 (*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server
             )
         return server
+
+    def _methods(self, names: Callable[[ServiceDefinition], frozenset[str]]) -> frozenset[str]:
+        """Full names of the RPCs that ``names`` gives of each service."""
+        return frozenset(
+            f"/{definition.descriptor.full_name}/{method}"
+            for definition in self._definitions
+            for method in names(definition)
+        )
 
     def _bind(self, address: str) -> int:
         tls = self.settings.tls
@@ -328,7 +389,7 @@ class Server:
         return self.settings.default_port + offset
 
     async def _set_health(self, status: Any) -> None:
-        for name in ("", *(d.descriptor.full_name for d in self._servicer.definitions)):
+        for name in ("", *(d.descriptor.full_name for d in self._definitions)):
             await self._health.set(name, status)
 
 

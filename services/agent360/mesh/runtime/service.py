@@ -51,6 +51,8 @@ class ServiceDefinition:
     """RPCs without a body yet, with the feature that will bring it: answered UNIMPLEMENTED."""
     default_tenant: str = ""
     """The tenant of calls that name none and whose principal has not just one; empty: refused."""
+    all_tenants: frozenset[str] = frozenset()
+    """RPCs that admins may call with tenant ``*``: these look at ``Call.all_tenants``."""
     long_lived: frozenset[str] = frozenset()
     """Streaming RPCs that are open until the caller leaves, such as Watch: no default deadline."""
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from agent360.client import NearCache
 
@@ -103,6 +104,21 @@ class SheddingSettings(Settings):
     """Calls worked on at a time; low priority is shed at 80% of it, normal at 90%."""
 
 
+class MemorySettings(Settings):
+    """How much memory the process may take. Without limits: 80% and 92% of the container's."""
+
+    soft_bytes: int = Field(default=0, ge=0)
+    """Above this caches shrink and garbage is collected; 0: from the container's limit."""
+    hard_bytes: int = Field(default=0, ge=0)
+    """Above this new calls are refused with RESOURCE_EXHAUSTED; 0: from the container's limit."""
+
+    @model_validator(mode="after")
+    def _soft_is_lower(self) -> MemorySettings:
+        if self.soft_bytes and self.hard_bytes and self.soft_bytes > self.hard_bytes:
+            raise ValueError("soft_bytes must not be above hard_bytes")
+        return self
+
+
 class QuotaSettings(Settings):
     """Whether the ratelimit service is asked before a call is served."""
 
@@ -123,6 +139,30 @@ class TracingSettings(Settings):
     """Share of untraced unary calls that start a trace; sampled callers are always followed."""
 
 
+class LogShippingSettings(Settings):
+    """Which log records go to the metrics service."""
+
+    enabled: bool = True
+    """Whether any do: those of level warning and above, and a share of the others."""
+    share: float = Field(default=0.05, ge=0, le=1)
+    """Share of the records below warning."""
+    max_waiting: int = Field(default=10_000, gt=0)
+    """Records that may wait; further ones are dropped and counted."""
+
+
+class LogSamplingSettings(Settings):
+    """How often a pattern of log records is written."""
+
+    first: int = Field(default=100, ge=1)
+    """Records of a pattern in an interval that are all written."""
+    then_every: int = Field(default=100, ge=1)
+    """Of further ones, one of so many is."""
+    interval_s: float = Field(default=10.0, gt=0)
+    """The interval, in seconds."""
+    max_patterns: int = Field(default=500, ge=1)
+    """Patterns that are told apart; further ones count as ``other``."""
+
+
 class LogSettings(Settings):
     """Logs."""
 
@@ -134,6 +174,43 @@ class LogSettings(Settings):
     """Which calls are logged: none, those that failed or were slow, or all."""
     slow_s: float = Field(default=5.0, gt=0)
     """A call that took this long is slow, in seconds."""
+    sampling: LogSamplingSettings = LogSamplingSettings()
+    """How often a pattern of records is written."""
+    shipping: LogShippingSettings = LogShippingSettings()
+    """Which records go to the metrics service."""
+
+
+class RedactionSettings(Settings):
+    """What is taken out of logs and audit events before they are written."""
+
+    names: tuple[str, ...] = (
+        "*password*",
+        "*passwd*",
+        "*passphrase*",
+        "*secret*",
+        "*api_key*",
+        "*private_key*",
+        "*credential*",
+        "*authorization*",
+        "token",
+        "*_token",
+        "cookie",
+        "set_cookie",
+    )
+    """Names of fields, of parameters in URLs and of what texts assign; ``*`` is any part of a name,
+    upper and lower case are the same, as are ``api_key``, ``api-key`` and ``apiKey``."""
+    values: tuple[str, ...] = (r"\ba360_[\w-]{16,}", r"\bsk-[\w-]{16,}")
+    """Regular expressions of what is secret wherever it stands."""
+
+    @field_validator("values")
+    @classmethod
+    def _compile(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        for value in values:
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"{value!r} is not a regular expression: {error}") from error
+        return values
 
 
 class MeshAddresses(Settings):
@@ -197,12 +274,16 @@ class ServerSettings(Settings):
     """Bounds of a Pipeline stream."""
     shedding: SheddingSettings = SheddingSettings()
     """When calls are refused to keep the others fast."""
+    memory: MemorySettings = MemorySettings()
+    """How much memory the process may take."""
     quota: QuotaSettings = QuotaSettings()
     """Whether the ratelimit service is asked before a call is served."""
     tracing: TracingSettings = TracingSettings()
     """OpenTelemetry tracing."""
     log: LogSettings = LogSettings()
     """Logs."""
+    redaction: RedactionSettings = RedactionSettings()
+    """What is taken out of logs and audit events."""
     mesh: MeshAddresses = MeshAddresses()
     """Where the other services are."""
 

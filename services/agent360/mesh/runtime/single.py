@@ -12,7 +12,7 @@ from agent360.mesh.runtime.batch import Group
 from agent360.mesh.runtime.call import BatchHandler, Item
 
 current_group: ContextVar[Group] = ContextVar("agent360_current_group")
-"""The group of one that the policies admitted; set before a handler runs."""
+"""The group that is handled: of one for a unary RPC, that of the item for work on an item alone."""
 
 _CHUNKS_AHEAD: Final = 16
 

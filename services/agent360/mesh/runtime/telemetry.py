@@ -1,14 +1,11 @@
-"""Logs, traces and self-reported measurements of a service."""
+"""Traces and self-reported measurements of a service."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import sys
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import grpc
-import structlog
 from opentelemetry import trace
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
@@ -18,14 +15,12 @@ from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 
 from agent360.client import AuditEvent
 from agent360.client.audit import AuditClient
+from agent360.mesh.runtime.call import MESH_TENANT
 from agent360.mesh.runtime.red import RedKey, RedTable
-from agent360.mesh.runtime.settings import LogSettings, TracingSettings
+from agent360.mesh.runtime.settings import TracingSettings
 
 REPORT_EVERY_S: Final = 5.0
 """How often a service reports its calls to the metrics service."""
-
-MESH_TENANT: Final = "agent360-mesh"
-"""The tenant that the mesh's own series without a tenant belong to."""
 
 
 class Measurements(Protocol):
@@ -51,49 +46,6 @@ class Measurements(Protocol):
         count: int = 1,
     ) -> None:
         """Adds ``count`` observations of ``value`` to a distribution."""
-
-
-def configure_logging(settings: LogSettings) -> None:
-    """Sets up the process's logs: one JSON object a line, or colours where a person looks on."""
-    console = settings.format == "console" or (settings.format == "auto" and sys.stderr.isatty())
-    renderer: Any = structlog.processors.JSONRenderer()
-    if console:
-        # Its own tracebacks show local variables, and with them keys and what callers said.
-        renderer = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
-    shared: list[Any] = [
-        structlog.contextvars.merge_contextvars,
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-    ]
-    without_locals = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
-    errors: list[Any] = [] if console else [structlog.processors.ExceptionRenderer(without_locals)]
-    structlog.configure(
-        processors=[*shared, *errors, renderer],
-        wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[settings.level]),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        cache_logger_on_first_use=True,
-    )
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            processors=[
-                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                *errors,
-                renderer,
-            ],
-            foreign_pre_chain=shared,
-        )
-    )
-    logging.basicConfig(level=_LEVELS[settings.level], handlers=[handler], force=True)
-    logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
-
-
-_LEVELS: Final = {
-    "debug": logging.DEBUG,
-    "info": logging.INFO,
-    "warning": logging.WARNING,
-    "error": logging.ERROR,
-}
 
 
 class Tracing:

@@ -225,6 +225,13 @@ class MemoryStore:
         """How many entries there are, those of dropped generations included."""
         return self._shares.entries
 
+    def shed_memory(self, size_bytes: int) -> int:
+        """See ``Store.shed_memory``."""
+        self._flush_reads()
+        before = self._shares.size_bytes
+        self._settle(self._shares.shed_memory(size_bytes))
+        return before - self._shares.size_bytes
+
     def totals(self) -> Counts:
         """The counts of all namespaces together."""
         totals = Counts()

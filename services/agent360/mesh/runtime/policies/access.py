@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Final
 
 import grpc
@@ -19,12 +18,13 @@ _SERVER_FAULTS: Final = {
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.DEADLINE_EXCEEDED,
 }
-_LINES_PER_S: Final = 100
-"""Access log lines a second; what is over is counted and said in the next line."""
 
 
 class AccessPolicy:
-    """Counts every call and logs those that the settings ask for, one line for a group."""
+    """Counts every call and logs those that the settings ask for, one line for a group.
+
+    Lines that are too many are left out by the log's sampling.
+    """
 
     def __init__(
         self, settings: LogSettings, red: RedTable, log: structlog.stdlib.BoundLogger
@@ -33,9 +33,6 @@ class AccessPolicy:
         self._log = log
         self._level = settings.access
         self._slow_s = settings.slow_s
-        self._second = 0
-        self._lines = 0
-        self._suppressed = 0
 
     def before(self, group: Group) -> None:
         """Nothing."""
@@ -49,14 +46,6 @@ class AccessPolicy:
         failed = code is not grpc.StatusCode.OK and code is not grpc.StatusCode.CANCELLED
         if not (failed or duration_s > self._slow_s or self._level == "all"):
             return
-        second = int(time.monotonic())
-        if second != self._second:
-            self._second, self._lines = second, 0
-        self._lines += 1
-        if self._lines > _LINES_PER_S:
-            self._suppressed += 1
-            return
-        suppressed, self._suppressed = self._suppressed, 0
         write = self._log.warning if code in _SERVER_FAULTS else self._log.info
         write(
             "call",
@@ -70,6 +59,5 @@ class AccessPolicy:
             span_id=call.traceparent[36:52],
             duration_ms=round(duration_s * 1e3, 3),
             **({"count": count} if count > 1 else {}),
-            **({"suppressed": suppressed} if suppressed else {}),
             **call.facts,
         )

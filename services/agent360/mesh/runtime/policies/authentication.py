@@ -9,7 +9,7 @@ import grpc
 
 from agent360.client.errors import InvalidRequestError, MeshError, Violation
 from agent360.mesh.runtime.batch import Group
-from agent360.mesh.runtime.call import ANY_TENANT, Principal
+from agent360.mesh.runtime.call import ANY_TENANT, MESH_TENANT, Call, Principal
 from agent360.mesh.runtime.settings import ApiKey, AuthenticationSettings, TenantSettings
 from agent360.mesh.runtime.validation import TENANT_PATTERN, TENANT_RULE
 
@@ -61,7 +61,16 @@ class Authenticator:
 class AuthenticationPolicy:
     """Every call names a tenant that its principal may speak for."""
 
-    def __init__(self, settings: TenantSettings) -> None:
+    def __init__(
+        self, settings: TenantSettings, for_all_tenants: frozenset[str] = frozenset()
+    ) -> None:
+        """Makes the policy.
+
+        Args:
+            settings: which tenants there are.
+            for_all_tenants: full names of the RPCs that admins may call with tenant ``*``.
+        """
+        self._for_all_tenants = for_all_tenants
         self._known = frozenset(settings.known) if settings.strict else None
         self._reserved = frozenset(settings.reserved)
         self._proven: set[tuple[Principal, str]] = set()
@@ -75,6 +84,9 @@ class AuthenticationPolicy:
         """
         call = group.call
         if (call.principal, call.tenant) in self._proven:
+            return
+        if call.tenant == ANY_TENANT and call.method in self._for_all_tenants:
+            _admit_to_all(call)
             return
         if not call.tenant:
             call.tenant = call.principal.only_tenant
@@ -114,6 +126,20 @@ class AuthenticationPolicy:
 
 
 _MAX_PROVEN: Final = 10_000
+
+
+def _admit_to_all(call: Call) -> None:
+    principal = call.principal
+    if not (principal.admin and principal.may_speak_for(ANY_TENANT)):
+        raise MeshError(
+            grpc.StatusCode.PERMISSION_DENIED,
+            "TENANT_NOT_ALLOWED",
+            f"key {principal.name!r} may not ask about all tenants: it must be an admin's and "
+            "bound to '*'",
+            metadata={"tenant": ANY_TENANT},
+        )
+    call.all_tenants = True
+    call.tenant = MESH_TENANT
 
 
 def hash_key(key: str) -> str:

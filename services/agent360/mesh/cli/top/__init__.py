@@ -1,0 +1,1 @@
+"""``agent360-mesh top``: what the mesh is doing, live in a terminal."""

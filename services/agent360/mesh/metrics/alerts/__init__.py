@@ -1,0 +1,1 @@
+"""Alerts: rules evaluated over time, the states of their alerts, silences and notifications."""

@@ -1,0 +1,1 @@
+"""Audit events: recorded in chains of hashes, listed, verified."""

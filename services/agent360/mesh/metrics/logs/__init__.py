@@ -1,0 +1,1 @@
+"""Log records of all services: kept for a while, listed."""
