@@ -141,7 +141,7 @@ class Attempt:
 
     def estimate(self, input_tokens: int) -> Usage:
         """What it used, judged by what was said."""
-        return Usage(input_tokens, tokens.estimate_text(_size(self.said)), estimated=True)
+        return Usage(input_tokens, tokens.estimate_pieces(self.said), estimated=True)
 
     def broken(self, cause: MeshError) -> MeshError:
         """The error of an answer that ended in its middle, with what there is of it."""
@@ -164,12 +164,11 @@ class Attempt:
 
     def facts(self) -> dict[str, str]:
         """Who was asked and how much was said, for an error's metadata."""
-        size = _size(self.said)
         return {
             "model": self.model.name,
             "backend": self.backend,
-            "produced_bytes": str(size),
-            "produced_tokens_estimate": str(tokens.estimate_text(size)),
+            "produced_bytes": str(sum(map(tokens.piece_size, self.said))),
+            "produced_tokens_estimate": str(tokens.estimate_pieces(self.said)),
         }
 
 
@@ -252,9 +251,3 @@ class Race(Generic[T]):
                     raise failure
                 error = failure
         raise error or asyncio.CancelledError
-
-
-def _size(said: Sequence[Piece]) -> int:
-    whole = merge(said)
-    calls = sum(len(c.id) + len(c.name) + tokens.size_of(c.arguments) for c in whole.tool_calls)
-    return tokens.size_of(whole.content) + tokens.size_of(whole.reasoning) + calls
