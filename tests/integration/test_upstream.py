@@ -220,6 +220,26 @@ async def test_a_fallback_says_no_more_than_its_own_limits_allow():
         assert (ran.usage.output_tokens, ran.ending.finish_reason) == (5, "length")
 
 
+async def test_requests_of_one_tenant_that_break_a_backend_do_not_keep_another_from_it():
+    breaker = {"breaker": {"consecutive_failures": 3, "open_s": 30}}
+    async with upstream_rig({"only": {}}, backends={"only": breaker}) as rig:
+        way = route(model("m", "only"))
+
+        async def break_it(times: int) -> None:
+            for number in range(times):
+                with pytest.raises(MeshError):
+                    await rig.ask(f"[[sim:error=500]] {number}", way, tenant="breaks")
+
+        await break_it(3)
+        assert rig.breakers.of("only").state is State.OPEN, "nobody else was known"
+        text, _ = await rig.ask("hello", way, tenant="works")
+        assert text
+        assert rig.breakers.of("only").state is State.CLOSED
+        await break_it(6)
+        assert rig.breakers.of("only").state is State.CLOSED
+        await rig.ask("hello again", way, tenant="works")
+
+
 async def test_the_breaker_keeps_requests_away_and_lets_one_probe():
     breaker = {"breaker": {"consecutive_failures": 3, "open_s": 0.3}}
     async with upstream_rig(
