@@ -15,6 +15,8 @@ from agent360.client import (
     RateLimitedError,
     UnavailableError,
 )
+from agent360.mesh.inference.conversation import Message, Prompt
+from agent360.mesh.inference.tokens import estimate_prompt
 from agent360.metrics.v1 import metrics_pb2
 
 SLIDING = """
@@ -116,14 +118,14 @@ async def test_what_was_used_is_settled_once_whether_it_succeeds_fails_or_is_ret
 
 async def test_a_cancelled_stream_is_settled_with_what_was_produced(tmp_path):
     async with inference_mesh(tmp_path, limits=MANY_TOKENS) as rig:
-        request = GenerateRequest(
-            "[[sim:itl=0.01]][[sim:tokens=2000]] go on", model="small", max_tokens=2_000
-        )
-        taken = 0
-        async for _ in rig.mesh.inference.stream(request):
+        said = "[[sim:itl=0.03]][[sim:tokens=2000]] go on"
+        request = GenerateRequest(said, model="small", max_tokens=2_000)
+        produced = 0
+        async for delta in rig.mesh.inference.stream(request):
             assert await rig.used("tokens") >= 2_000, "all of it is set aside"
-            taken += 1
-            if taken == 5:
+            # A word of the simulator is a token.
+            produced += len(delta.text.split())
+            if produced >= 50:
                 break
         await eventually(lambda: rig.simulator.load.cancelled == 1)
 
@@ -131,6 +133,8 @@ async def test_a_cancelled_stream_is_settled_with_what_was_produced(tmp_path):
             return 0 < await rig.used("tokens") < 500
 
         await eventually_async(given_back)
+        asked = estimate_prompt(Prompt(model="small", messages=(Message("user", said),)))
+        assert await rig.used("tokens") - asked == pytest.approx(produced, rel=0.1)
 
 
 async def test_an_answer_without_a_bound_gets_one_where_limits_are_to_hold_exactly(tmp_path):

@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 from support.polling import eventually, eventually_async
 
-from agent360.client import GenerateRequest, Mesh, MeshError
+from agent360.client import GenerateRequest, Mesh, MeshError, Priority, call_scope
 from agent360.mesh.inference import InferenceServicer, InferenceSettings
 from agent360.mesh.runtime.server import Server
 from agent360.mesh.simulator import Simulator, SimulatorSettings
@@ -186,6 +186,38 @@ async def test_a_backend_gets_its_limit_of_requests_and_the_rest_shows_as_queued
         await eventually_async(shown)
         await asyncio.gather(*asked)
         assert simulator.load.peak == 3
+
+
+async def test_an_urgent_caller_that_joins_a_waiting_request_moves_it_up() -> None:
+    async with (
+        Simulator(SimulatorSettings(port=0, first_token_s=0.3, **SLOW)) as simulator,
+        served(simulator, models=small(), backends=backend(simulator, 1)) as (_, mesh),
+    ):
+        answered: list[str] = []
+
+        async def ask(prompt: str, priority: Priority) -> None:
+            with call_scope(priority=priority):
+                await mesh.inference.generate(prompt, model="small")
+            answered.append(f"{prompt} {priority.name}")
+
+        async def queued(count: int) -> None:
+            async def shown() -> bool:
+                (model,) = [each async for each in mesh.inference.list_models()]
+                return (model.running, model.queued) == (1, count)
+
+            await eventually_async(shown)
+
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(ask("first", Priority.NORMAL))
+            await queued(0)
+            tasks.create_task(ask("shared", Priority.LOW))
+            await queued(1)
+            tasks.create_task(ask("other", Priority.NORMAL))
+            await queued(2)
+            tasks.create_task(ask("shared", Priority.HIGH))
+        assert answered[0] == "first NORMAL"
+        assert set(answered[1:3]) == {"shared LOW", "shared HIGH"}
+        assert simulator.load.requests == 3
 
 
 async def test_a_full_queue_refuses_with_a_time_to_come_back() -> None:

@@ -43,12 +43,18 @@ class UpstreamRig:
     bills: list[Bill] = field(default_factory=list)
 
     async def ask(
-        self, content: str, route: Route, *, streamed: bool = True, deadline: float | None = None
+        self,
+        content: str,
+        route: Route,
+        *,
+        streamed: bool = True,
+        deadline: float | None = None,
+        tenant: str = "acme",
     ) -> tuple[str, Ran]:
         said: list[Piece] = []
         self.bills.append(bill := Bill())
         ran = await self.upstream.generate(
-            Ticket("acme", tokens=100, deadline=deadline),
+            Ticket(tenant, tokens=100, deadline=deadline),
             Prompt(model=route.model.name, messages=(Message("user", content),)),
             route,
             said.extend,

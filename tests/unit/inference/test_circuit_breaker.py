@@ -102,6 +102,48 @@ def test_what_was_sent_before_it_opened_neither_closes_nor_lengthens(clock):
     assert breaker.allowed_at() == until
 
 
+def test_failures_of_one_of_several_tenants_do_not_open_it_until_anothers_fail(clock):
+    breaker = Breaker(SETTINGS, clock)
+    breaker.succeeded(probe=False, tenant="good")
+    for _ in range(30):
+        breaker.failed(probe=False, tenant="evil")
+    assert breaker.state is State.CLOSED
+    breaker.failed(probe=False, tenant="good")
+    assert breaker.state is State.OPEN
+
+
+def test_the_only_tenant_of_a_backend_opens_it_alone(clock):
+    breaker = Breaker(SETTINGS, clock)
+    breaker.succeeded(probe=False, tenant="gone")
+    clock.now += 60.0
+    for _ in range(3):
+        breaker.failed(probe=False, tenant="only")
+    assert breaker.state is State.OPEN
+    assert breaker.allowed_at("only") == clock.now + 2.0
+    assert breaker.allowed_at("another") < clock.now, "it may not be the backend's fault"
+    assert breaker.enter()
+    assert breaker.allowed_at("third") > clock.now + 60, "one at a time"
+    breaker.failed(probe=True, tenant="another")
+    assert breaker.allowed_at("third") > clock.now, "now it is"
+
+
+def test_the_tenant_that_failed_last_probes_after_others_and_does_not_lengthen_the_time(clock):
+    breaker = Breaker(SETTINGS, clock)
+    for tenant in ("good", "good", "evil"):
+        breaker.failed(probe=False, tenant=tenant)
+    assert breaker.state is State.OPEN
+    assert breaker.allowed_at("good") == clock.now + 2.0
+    assert breaker.allowed_at("evil") == clock.now + 3.0
+    clock.now += 3.0
+    assert breaker.enter()
+    breaker.failed(probe=True, tenant="evil")
+    assert breaker.allowed_at("good") == clock.now + 2.0
+    clock.now += 2.0
+    assert breaker.enter()
+    breaker.succeeded(probe=True, tenant="good")
+    assert breaker.state is State.CLOSED
+
+
 def test_a_disabled_breaker_stays_closed(clock):
     breaker = Breaker(SETTINGS.model_copy(update={"enabled": False}), clock)
     fail(breaker, 100)

@@ -220,6 +220,32 @@ def test_strict_priority_starves_nobody_longer_than_the_bound() -> None:
     assert min(low) >= 3.0 - longest_piece_of_work_s, "else the priority was not strict"
 
 
+def test_one_that_waits_moves_up_when_its_priority_is_raised() -> None:
+    async def main() -> list[str]:
+        backend = TimedBackend()
+        queues, model = queues_of(backend, slots=1), model_on(backend, queue={"timeout_s": 3.0})
+        done: list[str] = []
+
+        async def ask(name: str, ticket: Ticket) -> None:
+            await use(queues, model, ticket)
+            done.append(name)
+
+        low = Ticket("acme", LOW, 100)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(ask("running", Ticket("acme", NORMAL, 100)))
+            await asyncio.sleep(0)
+            tasks.create_task(ask("low", Ticket("acme", LOW, 100)))
+            tasks.create_task(ask("raised", low))
+            tasks.create_task(ask("normal", Ticket("acme", NORMAL, 100)))
+            await asyncio.sleep(0.01)
+            low.raise_to(HIGH)
+            low.raise_to(NORMAL)
+        assert queues.queued("model") == 0
+        return done
+
+    assert run_virtually(main()) == ["running", "raised", "normal", "low"]
+
+
 # -------------------------------------------------------------------- deadlines
 
 

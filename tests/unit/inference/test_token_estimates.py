@@ -1,7 +1,28 @@
 """Estimates of tokens, where the model's tokenizer is not at hand."""
 
+from agent360.mesh.inference.answers import ReasoningPiece, TokenLogprob, ToolCallPiece
 from agent360.mesh.inference.conversation import ImagePart, Message, Prompt, TextPart, Tool
-from agent360.mesh.inference.tokens import estimate_inputs, estimate_prompt, size_of
+from agent360.mesh.inference.tokens import (
+    estimate_inputs,
+    estimate_pieces,
+    estimate_prompt,
+    size_of,
+)
+
+
+def test_pieces_of_the_size_of_tokens_are_tokens():
+    assert estimate_pieces([" stream", "ing", ReasoningPiece(" so"), ""]) == 3
+    assert estimate_pieces([ToolCallPiece(0, "", "", '{"')] * 4) == 4
+
+
+def test_pieces_too_large_for_tokens_count_by_their_bytes():
+    assert estimate_pieces(["x" * 400, "y" * 40]) == 110
+    assert estimate_pieces([]) == 0
+
+
+def test_probabilities_tell_how_many_tokens_there_were():
+    pieces = [" a whole sentence of text", *(TokenLogprob("t", -0.1) for _ in range(5))]
+    assert estimate_pieces(pieces) == 5
 
 
 def test_four_bytes_are_a_token_and_a_message_costs_four_more():

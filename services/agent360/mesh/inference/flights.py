@@ -14,9 +14,7 @@ from agent360.mesh.inference.answers import (
     Answer,
     Delta,
     Piece,
-    ReasoningPiece,
     Source,
-    TokenLogprob,
     as_pieces,
     merge,
 )
@@ -25,7 +23,7 @@ from agent360.mesh.inference.metering.till import Charge
 from agent360.mesh.inference.ports import Amount, Payer
 from agent360.mesh.inference.queueing import Ticket
 from agent360.mesh.inference.routing import Route
-from agent360.mesh.inference.tokens import size_of
+from agent360.mesh.inference.tokens import piece_size
 
 T = TypeVar("T")
 
@@ -61,6 +59,8 @@ class Flight(Generic[T]):
         """When the model was asked, on the monotonic clock."""
         self.first_piece: float | None = None
         """When it first said something."""
+        self.priority = 0
+        """The highest of those who wait or waited."""
         self.wanted_until: float | None = None
         """The latest deadline of those who wait, on the monotonic clock; None: nobody told one."""
         self.ticket: Ticket | None = None
@@ -84,8 +84,12 @@ class Flight(Generic[T]):
         self.admitted = True
         self._wake(_ADMISSION)
 
-    def want(self, until: float) -> None:
-        """Notes that somebody waits until a deadline, on the monotonic clock."""
+    def want(self, until: float, priority: int) -> None:
+        """Notes that somebody waits, until a deadline on the monotonic clock."""
+        if priority > self.priority:
+            self.priority = priority
+            if self.ticket is not None:
+                self.ticket.raise_to(priority)
         if self.wanted_until is None or until > self.wanted_until:
             self.wanted_until = until
             if self.ticket is not None:
@@ -96,7 +100,7 @@ class Flight(Generic[T]):
         if self.first_piece is None:
             self.first_piece = time.monotonic()
         self.pieces += pieces
-        self.said_bytes += sum(map(_size, pieces))
+        self.said_bytes += sum(map(piece_size, pieces))
         self._wake(_PIECES)
 
     def land(self, answer: T, source: Source = Source.MODEL) -> None:
@@ -312,14 +316,3 @@ def landed(answer: Answer, payer: Payer) -> Follower[Answer]:
     flight.push(as_pieces(answer))
     flight.land(answer, Source.CACHE)
     return Follower(flight, leads=True)
-
-
-def _size(piece: Piece) -> int:
-    if isinstance(piece, str):
-        return size_of(piece)
-    if isinstance(piece, TokenLogprob):
-        # It tells of tokens that were counted as text.
-        return 0
-    if isinstance(piece, ReasoningPiece):
-        return size_of(piece.text)
-    return size_of(piece.arguments) + len(piece.name) + len(piece.id)

@@ -77,7 +77,7 @@ class Joining(Generic[T]):
             leads = flight is None
             if flight is None:
                 flight = self._launch(share)
-            flight.want(share.call.deadline)
+            flight.want(share.call.deadline, int(share.call.priority))
             with self._flights.follow(flight, leads=leads) as follower:
                 pays = not leads and not follower.late and flight.bill.joiners_pay
                 if pays or (not leads and flight.payer != share.payer):

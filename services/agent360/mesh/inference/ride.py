@@ -156,9 +156,9 @@ class Ride(Generic[T]):
             self._record_failure(reason, total_s)
 
     def _record_failure(self, reason: str, total_s: float) -> None:
-        charge, said_bytes = self._charge, self._follower.flight.said_bytes
+        charge, pieces = self._charge, self._follower.flight.pieces
         settled = charge.settled if charge is not None else None
-        said = Usage(0, tokens.estimate_text(said_bytes), estimated=True) if said_bytes else None
+        said = Usage(0, tokens.estimate_pieces(pieces), estimated=True) if pieces else None
         self._meter.record(
             UsageRecord(
                 Payer(self._call.tenant, self._route.model.name, self._user),

@@ -6,9 +6,12 @@ import json
 from collections.abc import Iterable
 from typing import Final
 
+from agent360.mesh.inference.answers import Piece, ReasoningPiece, TokenLogprob
 from agent360.mesh.inference.conversation import ImagePart, Message, Prompt
 
 _BYTES_PER_TOKEN: Final = 4
+_MOST_PER_TOKEN: Final = 8
+"""Pieces of more bytes than this, on average, are more than a token each."""
 _TOKENS_PER_MESSAGE: Final = 4
 _TOKENS_PER_IMAGE: Final = 765
 
@@ -20,6 +23,36 @@ def estimate_text(size_bytes: int) -> int:
     token to one and a third letters. The estimate is meant for limits, not for bills.
     """
     return -(-size_bytes // _BYTES_PER_TOKEN)
+
+
+def estimate_pieces(pieces: Iterable[Piece]) -> int:
+    """Tokens of what a model said so far.
+
+    Where it told the probability of each token, these are counted. Otherwise a piece is a token, as
+    model servers stream them, unless pieces are too large for that: then their bytes count.
+    """
+    size = count = logprobs = 0
+    for piece in pieces:
+        if isinstance(piece, TokenLogprob):
+            logprobs += 1
+            continue
+        said = piece_size(piece)
+        size += said
+        count += said > 0
+    if logprobs:
+        return logprobs
+    return count if size <= count * _MOST_PER_TOKEN else estimate_text(size)
+
+
+def piece_size(piece: Piece) -> int:
+    """Size in bytes of what a model said at a time; how probable it was is no part of that."""
+    if isinstance(piece, str):
+        return size_of(piece)
+    if isinstance(piece, TokenLogprob):
+        return 0
+    if isinstance(piece, ReasoningPiece):
+        return size_of(piece.text)
+    return size_of(piece.arguments) + len(piece.name) + len(piece.id)
 
 
 def estimate_prompt(prompt: Prompt) -> int:

@@ -200,7 +200,8 @@ class Upstream:
             free := [
                 each
                 for each in backends
-                if course.may_ask(name, each) and self._breakers.allows(each, name)
+                if course.may_ask(name, each)
+                and self._breakers.allows(each, name, request.ticket.tenant)
             ]
         ):
             if not self._allowed(request, course, model, retry, reason):
@@ -253,13 +254,14 @@ class Upstream:
             MeshError: it will not be, or not in time.
         """
         route, now = request.route, time.monotonic()
+        tenant = request.ticket.tenant
         times = [
-            self._breakers.allowed_at(backend, model.name)
+            self._breakers.allowed_at(backend, model.name, tenant)
             for model in (route.model, *route.fallbacks)
             for backend in course.hopeful(model, (model.retry or self._retry).max_tries)
         ]
         if not times:
-            raise self._given_up(course, route)
+            raise self._given_up(course, route, tenant)
         retry = route.model.retry or self._retry
         at = min(times)
         # While somebody probes the only backend, its outcome is looked for again and again.
@@ -273,15 +275,15 @@ class Upstream:
         if course.waited_s + rest_s > retry.max_wait_s or (
             deadline is not None and now + pause_s >= deadline
         ):
-            raise self._given_up(course, route)
+            raise self._given_up(course, route, tenant)
         await asyncio.sleep(pause_s)
         if rest_s or not course.tries:
             course.waited_s += pause_s
 
-    def _given_up(self, course: Course, route: Route) -> MeshError:
+    def _given_up(self, course: Course, route: Route, tenant: str) -> MeshError:
         model = route.model
         at = min(
-            (self._breakers.allowed_at(each, model.name) for each in model.backends),
+            (self._breakers.allowed_at(each, model.name, tenant) for each in model.backends),
             default=-math.inf,
         )
         again_in_s = _PROBING_S if at == math.inf else at - time.monotonic()
@@ -314,7 +316,7 @@ class Upstream:
                 self._tally.hedged(request.ticket.tenant, model.name, "denied")
                 return await race.result()
             second = Attempt(model, request.job.sink, race)
-            aside = self._aside(model, excluding, first.backend)
+            aside = self._aside(request, model, excluding, first.backend)
             race.begin(second, self._attempt(request, course, second, aside, HEDGE))
             outcome: HedgeOutcome = "failed"
             try:
@@ -324,12 +326,16 @@ class Upstream:
             finally:
                 self._tally.hedged(request.ticket.tenant, model.name, outcome)
 
-    def _aside(self, model: ModelSettings, excluding: frozenset[str], busy: str) -> frozenset[str]:
+    def _aside(
+        self, request: _Request[T], model: ModelSettings, excluding: frozenset[str], busy: str
+    ) -> frozenset[str]:
         """Whom a hedge is not to ask: the busy one neither, unless there is no other."""
         others = [
             each
             for each in model.backends
-            if each != busy and each not in excluding and self._breakers.allows(each, model.name)
+            if each != busy
+            and each not in excluding
+            and self._breakers.allows(each, model.name, request.ticket.tenant)
         ]
         return excluding | {busy} if others else excluding
 
@@ -374,10 +380,11 @@ class Upstream:
     ) -> _Done[T]:
         """Asks a backend, and notes how it went."""
         model, job = attempt.model, request.job
-        if not self._breakers.allows(turn.member.backend.name, model.name):
+        tenant = request.ticket.tenant
+        if not self._breakers.allows(turn.member.backend.name, model.name, tenant):
             # While the request waited for its turn the backend asked for a rest.
             raise _AsideError
-        attempt.start(turn, self._breakers.of(turn.member.backend.name), asked)
+        attempt.start(turn, self._breakers.of(turn.member.backend.name), asked, tenant)
         course.asks(model.name)
         course.queue_s += attempt.queue_s
         outcome, usage, wasted = "cancelled", None, False

@@ -33,6 +33,7 @@ class Attempt:
         "_limit",
         "_probe",
         "_sink",
+        "_tenant",
         "_try_until",
         "_turn",
         "backend",
@@ -68,10 +69,11 @@ class Attempt:
         self._turn: Turn | None = None
         self._breaker: Breaker | None = None
         self._probe = False
+        self._tenant = ""
         self._limit: asyncio.Timeout | None = None
         self._try_until: float | None = None
 
-    def start(self, turn: Turn, breaker: Breaker, asked: float) -> None:
+    def start(self, turn: Turn, breaker: Breaker, asked: float, tenant: str) -> None:
         """Its turn has come."""
         self.backend = turn.member.backend.name
         self.began = time.monotonic()
@@ -79,6 +81,7 @@ class Attempt:
         self._turn = turn
         self._breaker = breaker
         self._probe = breaker.enter()
+        self._tenant = tenant
 
     def limited(self, first_s: float | None, whole_s: float | None) -> asyncio.Timeout:
         """The time that it may take: until its first word, then until its end."""
@@ -116,7 +119,7 @@ class Attempt:
         if self._turn is not None:
             self._turn.first_response()
         if self._breaker is not None:
-            self._breaker.succeeded(probe=self._probe)
+            self._breaker.succeeded(probe=self._probe, tenant=self._tenant)
             self._probe = False
 
     def failed(self, reason: str, *, ill: bool, again: bool = False) -> None:
@@ -130,7 +133,7 @@ class Attempt:
         if self._breaker is None:
             return
         if ill and (self._probe or not again):
-            self._breaker.failed(probe=self._probe, why=reason)
+            self._breaker.failed(probe=self._probe, why=reason, tenant=self._tenant)
             self._probe = False
 
     def left(self) -> None:
@@ -141,7 +144,7 @@ class Attempt:
 
     def estimate(self, input_tokens: int) -> Usage:
         """What it used, judged by what was said."""
-        return Usage(input_tokens, tokens.estimate_text(_size(self.said)), estimated=True)
+        return Usage(input_tokens, tokens.estimate_pieces(self.said), estimated=True)
 
     def broken(self, cause: MeshError) -> MeshError:
         """The error of an answer that ended in its middle, with what there is of it."""
@@ -164,12 +167,11 @@ class Attempt:
 
     def facts(self) -> dict[str, str]:
         """Who was asked and how much was said, for an error's metadata."""
-        size = _size(self.said)
         return {
             "model": self.model.name,
             "backend": self.backend,
-            "produced_bytes": str(size),
-            "produced_tokens_estimate": str(tokens.estimate_text(size)),
+            "produced_bytes": str(sum(map(tokens.piece_size, self.said))),
+            "produced_tokens_estimate": str(tokens.estimate_pieces(self.said)),
         }
 
 
@@ -252,9 +254,3 @@ class Race(Generic[T]):
                     raise failure
                 error = failure
         raise error or asyncio.CancelledError
-
-
-def _size(said: Sequence[Piece]) -> int:
-    whole = merge(said)
-    calls = sum(len(c.id) + len(c.name) + tokens.size_of(c.arguments) for c in whole.tool_calls)
-    return tokens.size_of(whole.content) + tokens.size_of(whole.reasoning) + calls

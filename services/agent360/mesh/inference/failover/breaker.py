@@ -32,6 +32,11 @@ class Breaker:
     It opens after failures in a row, or when a share of recent tries failed; later one request at
     a time may probe: its success closes the breaker, its failure opens it for twice as long.
 
+    While several tenants use the backend, failures of one of them may be its own requests' fault:
+    they do not open the breaker until another's fail too, others probe before it does, and a probe
+    of its own that fails does not lengthen the time. Where it was the only one and opened the
+    breaker, another that comes probes at once.
+
     Example:
         >>> breaker = Breaker(BreakerSettings(consecutive_failures=1))
         >>> breaker.enter()
@@ -43,10 +48,12 @@ class Breaker:
 
     __slots__ = (
         "_clock",
+        "_failing",
         "_failures_in_row",
         "_open_for_s",
         "_open_until",
         "_probing",
+        "_users",
         "_window",
         "name",
         "opened",
@@ -72,6 +79,8 @@ class Breaker:
         """The reason of the last failure."""
         self._clock = clock
         self._failures_in_row = 0
+        self._failing = _Latest()
+        self._users = _Latest()
         self._window = _Window(settings.window_s)
         self._open_until: float | None = None
         self._open_for_s = settings.open_s
@@ -84,11 +93,25 @@ class Breaker:
             return State.CLOSED
         return State.OPEN if self._clock() < self._open_until else State.HALF_OPEN
 
-    def allowed_at(self) -> float:
-        """When a request may pass, on the clock: in the past if now; infinity while one probes."""
+    def allowed_at(self, tenant: str | None = None) -> float:
+        """When a request of a tenant (None: of any) may pass, on the clock: in the past if now.
+
+        Infinity while one probes; later for the tenant that failed last, if there are others; at
+        once for another, if only that one failed.
+        """
         if self._open_until is None:
             return -math.inf
-        return math.inf if self._probing else self._open_until
+        if self._probing:
+            return math.inf
+        if tenant is None:
+            return self._open_until
+        now = self._clock()
+        if tenant != self._failing.latest:
+            alone = not self._failing.several(now - self._lately_s)
+            return -math.inf if alone else self._open_until
+        if self._is_shared(now):
+            return self._open_until + _YIELDS * self._open_for_s
+        return self._open_until
 
     def enter(self) -> bool:
         """Lets a request pass that ``allowed_at`` allows; whether it is a probe."""
@@ -97,11 +120,13 @@ class Breaker:
         self._probing = True
         return True
 
-    def succeeded(self, *, probe: bool) -> None:
+    def succeeded(self, *, probe: bool, tenant: str = "") -> None:
         """The backend answered, or began to."""
         self._failures_in_row = 0
+        now = self._clock()
+        self._users.note(tenant, now)
         if self._open_until is None:
-            self._window.add(self._clock(), failed=False)
+            self._window.add(now, failed=False)
         elif probe:
             self._probing = False
             self._open_until = None
@@ -109,20 +134,26 @@ class Breaker:
             self._window.clear()
             self._tell(State.CLOSED)
 
-    def failed(self, *, probe: bool, why: str = "") -> None:
+    def failed(self, *, probe: bool, why: str = "", tenant: str = "") -> None:
         """The backend failed. What was sent before it opened says nothing new."""
         if not self.settings.enabled:
             return
         self.why = why
         now, settings = self._clock(), self.settings
+        self._users.note(tenant, now)
+        again = tenant == self._failing.latest and self._is_shared(now)
+        self._failing.note(tenant, now)
         if self._open_until is not None:
             if probe:
                 self._probing = False
-                self._open_for_s = min(2 * self._open_for_s, settings.max_open_s)
+                if not again:
+                    self._open_for_s = min(2 * self._open_for_s, settings.max_open_s)
                 self._open(now)
             return
         self._failures_in_row += 1
         self._window.add(now, failed=True)
+        if self._is_shared(now) and not self._failing.several(now - settings.window_s):
+            return
         tries, failures = self._window.counts(now)
         if self._failures_in_row >= settings.consecutive_failures or (
             tries >= settings.min_tries and failures >= settings.failure_share * tries
@@ -133,6 +164,14 @@ class Breaker:
         """A request ended without telling how the backend is."""
         if probe:
             self._probing = False
+
+    def _is_shared(self, now: float) -> bool:
+        """Whether more than one tenant used the backend lately."""
+        return self._users.several(now - self._lately_s)
+
+    @property
+    def _lately_s(self) -> float:
+        return self.settings.window_s + self._open_for_s
 
     def _open(self, now: float) -> None:
         self.opened += 1
@@ -187,9 +226,9 @@ class Breakers:
         key = (backend, model)
         self._rests[key] = max(until, self._rests.get(key, until))
 
-    def allowed_at(self, backend: str, model: str) -> float:
-        """When a backend may be asked for a model, on the clock; in the past if now."""
-        at = self.of(backend).allowed_at()
+    def allowed_at(self, backend: str, model: str, tenant: str | None = None) -> float:
+        """When a tenant (None: any) may ask a backend for a model, on the clock; past if now."""
+        at = self.of(backend).allowed_at(tenant)
         if self._rests:
             now = self._clock()
             for key in ((backend, model), (backend, "")):
@@ -202,9 +241,9 @@ class Breakers:
                     at = max(at, until)
         return at
 
-    def allows(self, backend: str, model: str) -> bool:
-        """Whether a backend may be asked for a model now."""
-        return self.allowed_at(backend, model) <= self._clock()
+    def allows(self, backend: str, model: str, tenant: str | None = None) -> bool:
+        """Whether a tenant (None: any) may ask a backend for a model now."""
+        return self.allowed_at(backend, model, tenant) <= self._clock()
 
     def why(self, backends: Iterable[str]) -> str:
         """Why backends are left alone, for people."""
@@ -216,7 +255,30 @@ class Breakers:
         )
 
 
+_YIELDS: Final = 0.5
+"""How much later the tenant that failed last may probe, as a share of the time it was open."""
 _HALVES: Final = 2
+
+
+class _Latest:
+    """The two tenants that did something last, and when."""
+
+    __slots__ = ("_at", "_before_at", "latest")
+
+    def __init__(self) -> None:
+        self.latest: str | None = None
+        self._at = -math.inf
+        self._before_at = -math.inf
+
+    def note(self, tenant: str, now: float) -> None:
+        if tenant != self.latest:
+            self._before_at = self._at
+            self.latest = tenant
+        self._at = now
+
+    def several(self, since: float) -> bool:
+        """Whether there were two since then."""
+        return self._before_at >= since
 
 
 class _Window:

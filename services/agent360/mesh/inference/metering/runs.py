@@ -81,7 +81,7 @@ class ChargedRuns:
             session = affinity_key(route.model, prompt, call.tenant)
             flight.ticket = ticket = Ticket(
                 call.tenant,
-                int(call.priority),
+                flight.priority,
                 most.tokens - self._improbable(prompt),
                 deadline=flight.wanted_until,
                 shared=True,
@@ -110,7 +110,7 @@ class ChargedRuns:
             flight.admit()
             flight.ticket = ticket = Ticket(
                 call.tenant,
-                int(call.priority),
+                flight.priority,
                 most.tokens,
                 deadline=flight.wanted_until,
                 shared=True,
@@ -197,7 +197,7 @@ def produced_of(flight: Flight[Answer], prompt: Prompt, route: Route) -> Amount:
     """What a flight has used so far, about; nothing if nothing was said."""
     if not flight.said_bytes:
         return Amount()
-    said = tokens.estimate_text(flight.said_bytes)
+    said = tokens.estimate_pieces(flight.pieces)
     return most_of([route.model], tokens.estimate_prompt(prompt), said)
 
 

@@ -163,6 +163,14 @@ class Line(Generic[P]):
             heapq.heappop(self._expiries)
         return self._expiries[0][0] if self._expiries else None
 
+    def move_up(self, waiter: Waiter[P]) -> None:
+        """Has one that waits do so at the level of its priority, if that is before its own."""
+        level = self.settings.level_of(waiter.ticket.priority)
+        if waiter.waiting and level < waiter.level:
+            self.leave(waiter)
+            waiter.level = level
+            self._insert(waiter)
+
     def charge(self, waiter: Waiter[P]) -> None:
         """Charges a tenant for what it got without waiting."""
         tenant = waiter.ticket.tenant

@@ -67,6 +67,7 @@ class Lobby(Generic[C]):
         for each in gone:
             error_of_it = refusals.crowded_out(self.counts.model, self.pace.drains_in_s(each.cost))
             self._turn_away(each, error_of_it)
+        waiter.ticket.raised = lambda: line.move_up(waiter)
         self._count(waiter, 1)
         self._watch()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -16,7 +17,7 @@ class Ticket:
     tenant: str
     """Who pays with its share of the model."""
     priority: int = 2
-    """As in agent360.call.v1.Priority: 1 low, 2 normal, 3 high."""
+    """As in agent360.call.v1.Priority: 1 low, 2 normal, 3 high. See ``raise_to``."""
     tokens: int = 1
     """Tokens of prompt and answer together, estimated."""
     deadline: float | None = None
@@ -31,3 +32,12 @@ class Ticket:
     """Longest wait that the request itself allows, in seconds; only ever shortens the queue's."""
     batched: bool = False
     """Whether it stands for a batch, whose requests are counted by the batcher."""
+    raised: Callable[[], None] | None = None
+    """Moves it up in the line in which it waits, by its priority; None: it waits in none."""
+
+    def raise_to(self, priority: int) -> None:
+        """Gives it a priority that is higher than its own, also while it waits."""
+        if priority > self.priority:
+            self.priority = priority
+            if self.raised is not None:
+                self.raised()
