@@ -387,6 +387,10 @@ class _StreamGenerate:
         self._put(Delta(delta.content, tuple(delta.tool_calls)))
         return True
 
+    def refuse(self, error: MeshError) -> None:
+        """See ``Operation.refuse``."""
+        self.fail(error)
+
     def fail(self, error: MeshError) -> None:
         """See ``Operation.fail``."""
         self._put(error)
