@@ -198,3 +198,26 @@ def shared_address() -> str:
 def teardown_module() -> None:
     if _shared:
         _shared[0].__exit__(None, None, None)
+
+
+async def test_a_value_that_cannot_be_written_fails_its_own_call_alone(mesh: Mesh) -> None:
+    wrong: Any = "text instead of bytes"
+    refused, *stored = await asyncio.gather(
+        mesh.cache.set("wrong", wrong),
+        *(mesh.cache.set(f"k{number}", b"v") for number in range(20)),
+        return_exceptions=True,
+    )
+    assert isinstance(refused, MeshError)
+    assert refused.reason == "INVALID_REQUEST"
+    assert not any(isinstance(each, BaseException) for each in stored)
+    assert (await mesh.cache.get("k19")).value == b"v"
+
+
+async def test_an_entry_that_cannot_be_written_fails_alone_among_many(mesh: Mesh) -> None:
+    wrong: Any = "text instead of bytes"
+    entries = [Entry(f"k{n}", wrong if n % 7 == 3 else b"v") for n in range(50)]
+    results = await mesh.cache.set_many(entries)
+    for number, result in enumerate(results):
+        failed = isinstance(result, MeshError)
+        assert failed is (number % 7 == 3), (number, result)
+    assert (await mesh.cache.get("k49")).value == b"v"

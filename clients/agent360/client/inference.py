@@ -404,6 +404,10 @@ class _StreamGenerate:
         self._put(Delta(delta.content, tuple(delta.tool_calls), logprobs, delta.reasoning))
         return True
 
+    def refuse(self, error: MeshError) -> None:
+        """See ``Operation.refuse``."""
+        self.fail(error)
+
     def fail(self, error: MeshError) -> None:
         """See ``Operation.fail``."""
         self._put(error)

@@ -222,14 +222,11 @@ class _Points(Sequence[Point]):
     def _point(self, place: int) -> Point:
         message, width = self._message, self._width
         quantiles = tuple(message.quantiles[place * width : (place + 1) * width])
-        if quantiles:
-            value = quantiles[0]
-        else:
-            value = message.values[place] if message.values else 0.0
+        value = message.values[place] if message.values else 0.0
         row = slice(place * max(width, 1), (place + 1) * max(width, 1))
         return Point(
             datetime.fromtimestamp(message.times_s[place] if message.times_s else 0, UTC),
-            value,
+            quantiles[0] if quantiles else value,
             quantiles,
             message.counts[place] if message.counts else 0,
             tuple(

@@ -60,6 +60,9 @@ class Operation(Protocol):
     def fail(self, error: MeshError) -> None:
         """Ends with an error whatever of it is not answered yet."""
 
+    def refuse(self, error: MeshError) -> None:
+        """Ends the item that ``write`` raised at; what else there is may be written again."""
+
     def ids(self) -> Sequence[int]:
         """The ids it was last written with and that are not answered yet."""
 
@@ -118,6 +121,10 @@ class SingleOperation(Generic[T]):
         if not self.future.done():
             self.future.set_exception(error)
 
+    def refuse(self, error: MeshError) -> None:
+        """See ``Operation.refuse``."""
+        self.fail(error)
+
     def ids(self) -> Sequence[int]:
         """See ``Operation.ids``."""
         return (self.item_id,)
@@ -141,6 +148,7 @@ class ManyOperation(Generic[R, T]):
         "_read",
         "_requests",
         "_sink",
+        "_written_id",
         "arrived",
         "deadline",
         "facts",
@@ -196,6 +204,7 @@ class ManyOperation(Generic[R, T]):
         self._left = len(requests)
         self._pending: list[int] | None = None
         self._first_id = 0
+        self._written_id = 0
 
     @property
     def ended(self) -> bool:
@@ -214,12 +223,13 @@ class ManyOperation(Generic[R, T]):
             values = self.values
             self._pending = [position for position, value in enumerate(values) if value is _OPEN]
             requests = [requests[position] for position in self._pending]
-        self._first_id = item_id = first_id
+        self._first_id = self._written_id = item_id = first_id
         for request in requests:
             item = add()
             item.id = item_id
             item_id += 1
             fill(getattr(item, field), request)
+            self._written_id = item_id
         ids.extend(range(first_id, item_id))
 
     def answered(self, result: Any) -> bool:
@@ -227,21 +237,29 @@ class ManyOperation(Generic[R, T]):
         position = result.id - self._first_id
         if self._pending is not None:
             position = self._pending[position]
-        values = self.values
-        if self._left and values[position] is _OPEN:
-            self._left -= 1
-            values[position] = (
+        if self._left and self.values[position] is _OPEN:
+            self._end(
+                position,
                 from_status(result.error)
                 if result.HasField("error")
-                else self._read(getattr(result, self.field))
+                else self._read(getattr(result, self.field)),
             )
-            arrived = self.arrived
-            if not arrived:
-                self._sink.tell(self)
-            arrived.append(position)
-            if not self._left:
-                self._on_end(len(values))
         return False
+
+    def refuse(self, error: MeshError) -> None:
+        """See ``Operation.refuse``."""
+        position = self._written_id - self._first_id
+        self._end(position if self._pending is None else self._pending[position], error)
+
+    def _end(self, position: int, value: Any) -> None:
+        self._left -= 1
+        self.values[position] = value
+        arrived = self.arrived
+        if not arrived:
+            self._sink.tell(self)
+        arrived.append(position)
+        if not self._left:
+            self._on_end(len(self.values))
 
     def fail(self, error: MeshError) -> None:
         """See ``Operation.fail``."""

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import grpc
 
-from agent360.client.errors import MeshError, from_rpc_error
+from agent360.client.errors import InvalidRequestError, MeshError, Violation, from_rpc_error
 from agent360.client.operation import Facts, Operation
 
 
@@ -175,7 +175,6 @@ class Session:
 
     def _gather_operations(self, message: Any) -> bool:
         pending, bounds, still_open = self._pending, self._bounds, self.open
-        add = message.items.add
         now = self._loop.time()
         shared: Facts | None = None
         shared_timeout = 0.0
@@ -206,7 +205,8 @@ class Session:
                 operation.facts is not shared and operation.facts != shared
             ):
                 own_context = True
-            operation.write(add, self._next_id, ids)
+            if not self._written(operation, message, count, ids):
+                continue
             if own_context:
                 for position in range(count, count + items):
                     write_context(message.items[position].context, operation.facts, timeout)
@@ -223,6 +223,27 @@ class Session:
         for operation in counting:
             operation.batch_size = count
         return count > 0
+
+    def _written(self, operation: Operation, message: Any, count: int, ids: list[int]) -> bool:
+        """Adds an operation's items to a message that has ``count``; False: one is not fit for it.
+
+        Such an item fails for itself; what is left of its operation is tried again.
+        """
+        try:
+            operation.write(message.items.add, self._next_id, ids)
+        except Exception as error:  # noqa: BLE001 - it is the item's caller's alone
+            del message.items[count:]
+            ids.clear()
+            operation.refuse(_unwritable(error))
+            if not operation.ended:
+                self._pending.appendleft(operation)
+            return False
+        return True
+
+
+def _unwritable(error: Exception) -> InvalidRequestError:
+    """The error of a request that has something in it which its message cannot hold."""
+    return InvalidRequestError([Violation("request", f"cannot be written: {error}")])
 
 
 _LEAST_COALESCED: Final = 24

@@ -183,6 +183,8 @@ class Frame:
         if not len(group):
             return self
         order, starts = _groups(group, bucket_s)
+        if len(starts) == len(order):
+            return self._ordered(order, group, bucket_s)
         row_of = _row_of(starts, len(order))
         times = self.last_time_s[order]
         latest = np.maximum.reduceat(times, starts)
@@ -200,6 +202,14 @@ class Frame:
             latest,
             *_added_bins(new_row[self.bin_row], self.bin_code, self.bin_count),
         )
+
+    def _ordered(self, order: Ints, group: Ints, bucket_s: Ints) -> Frame:
+        """What ``_reduced`` gives where no two rows come together."""
+        new_row = np.empty(len(order), np.int64)
+        new_row[order] = np.arange(len(order))
+        bins = _added_bins(new_row[self.bin_row], self.bin_code, self.bin_count)
+        columns: list[Any] = [group, bucket_s, *self.columns()[2:8]]
+        return Frame(self.series, *[column[order] for column in columns] + [*bins])
 
 
 def _groups(first: Ints, second: Ints) -> tuple[Ints, Ints]:

@@ -133,9 +133,12 @@ class QueryEngine:
         first_s = query.start_s - offset_s
 
         def put_together() -> Frame:
-            whole = Frame.joined([Frame.empty(grouping.groups), *frames])
-            if not len(whole):
+            filled = [frame for frame in frames if len(frame)]
+            if not filled:
                 return Frame.empty(grouping.groups)
+            whole = Frame.joined(filled)
+            if len(filled) == 1 and query.steps > 1:
+                return whole
             steps = first_s + (whole.bucket_s - first_s) // query.step_s * query.step_s
             return whole.regrouped(whole.row_series, steps, whole.series)
 
@@ -170,11 +173,12 @@ class QueryEngine:
         for first_s, last_s in _runs(missing, _run_s(shape, grouping)):
             with self._kept.filling(shape, first_s, last_s) as filling:
                 frame = await self._read(shape, grouping, first_s, last_s)
-                for block in range(first_s, last_s, block_s):
-                    if block % block_s == 0 and block + block_s <= min(last_s, over_s):
-                        part = frame.within(block, block + block_s)
+                over = range(first_s, int(min(last_s, over_s)) - block_s + 1, block_s)
+                if first_s % block_s == 0:
+                    parts = await asyncio.to_thread(_split_up, frame, over, block_s)
+                    for block, part in zip(over, parts, strict=True):
                         self._kept.put(filling, block, block + block_s, part)
-                frames.append(frame.within(start_s, end_s))
+            frames.append(frame.within(start_s, end_s))
         return frames
 
     async def _read(self, shape: Shape, grouping: _Grouping, start_s: int, end_s: int) -> Frame:
@@ -186,7 +190,7 @@ class QueryEngine:
             if not len(frame):
                 return Frame.empty(grouping.groups)
             moved = np.zeros(len(frame.series), np.int64)
-            for number in np.unique(frame.row_series).tolist():
+            for number in np.flatnonzero(np.bincount(frame.row_series)).tolist():
                 moved[number] = places[frame.series[number]]
             steps = frame.bucket_s // step_s * step_s
             return frame.regrouped(moved[frame.row_series], steps, grouping.groups)
@@ -262,6 +266,11 @@ def _block_s(step_s: int) -> int:
     if step_s < HOUR.length_s:
         return step_s * (HOUR.length_s // step_s)
     return step_s * _STEPS_OF_LONG_BLOCKS
+
+
+def _split_up(frame: Frame, starts_s: Sequence[int], length_s: int) -> list[Frame]:
+    """The rows of each block."""
+    return [frame.within(start_s, start_s + length_s) for start_s in starts_s]
 
 
 def _run_cells(shape: Shape) -> int:

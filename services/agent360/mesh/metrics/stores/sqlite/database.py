@@ -20,6 +20,8 @@ Work = Callable[[sqlite3.Connection], T]
 
 _BUSY_S: Final = 10.0
 _IN_MEMORY: Final = ":memory:"
+_MAPPED_BYTES: Final = 1 << 30
+"""Of the file, read without copying pages."""
 
 
 class Database:
@@ -149,4 +151,5 @@ def _open(path: str) -> sqlite3.Connection:
     database = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
     database.execute("PRAGMA journal_mode = WAL")
     database.execute("PRAGMA synchronous = FULL")
+    database.execute(f"PRAGMA mmap_size = {_MAPPED_BYTES}")
     return database
