@@ -11,6 +11,7 @@ _CASSANDRA = "cassandra"
 _unexpected: list[str] = []
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of a file stay together when several processes share the work: so do fixtures."""
     for item in items:
