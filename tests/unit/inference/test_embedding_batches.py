@@ -113,6 +113,34 @@ def test_requests_for_vectors_of_different_lengths_do_not_share_a_call() -> None
     assert sorted(run_virtually(main())) == [("128",), ("64", "64")]
 
 
+def test_ever_other_lengths_do_not_get_around_the_bound_of_the_queue() -> None:
+    async def main() -> tuple[list[object], int, list[str]]:
+        backend = TimedBackend(fixed_s=1.0, per_unit_s=0.0)
+        plain = Plain(queues_of(backend, slots=1))
+        batches = EmbeddingBatches(plain, plain.queues)
+        options = {"capabilities": ["embeddings"], "queue": {"max_items": 20}}
+        route = Route(model_on(backend, **options), EXPLICIT)
+
+        async def ask(length: int, tenant: str = "acme") -> str:
+            request = EmbeddingInputs("model", (f"{length}",), dimensions=length)
+            await batches.embed(Ticket(tenant), request, route, bill=Bill())
+            return "served"
+
+        asked = [asyncio.create_task(ask(length)) for length in range(1, 501)]
+        await asyncio.sleep(0.5)
+        waiting = plain.queues.queued("model")
+        calm = [await ask(64, "calm") for _ in range(3)]
+        return await asyncio.gather(*asked, return_exceptions=True), waiting, calm
+
+    results, waiting, calm = run_virtually(main())
+    assert waiting <= 20 + 8
+    errors = [each for each in results if isinstance(each, MeshError)]
+    assert {error.reason for error in errors} == {"QUEUE_FULL"}
+    assert len(errors) + results.count("served") == 500
+    assert 20 <= results.count("served") <= 40
+    assert calm == ["served"] * 3
+
+
 def test_callers_of_a_model_whose_backends_are_gone_are_told_so() -> None:
     async def main() -> None:
         plain = Plain(queues_of(TimedBackend("other")))

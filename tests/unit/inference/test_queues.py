@@ -116,6 +116,19 @@ def test_a_slot_is_kept_only_while_another_tenant_came_lately() -> None:
     assert run_virtually(main()) == [4, 3, 4]
 
 
+def test_no_slot_is_kept_where_none_is_to_be() -> None:
+    async def main() -> int:
+        backend = TimedBackend()
+        queues, model = queues_of(backend, slots=4), model_on(backend, queue={"keep_slot_s": 0})
+        await use(queues, model, Ticket("calm", tokens=10))
+        await asyncio.gather(
+            *(use(queues, model, Ticket("flood", tokens=100)) for _ in range(8)),
+        )
+        return backend.peak
+
+    assert run_virtually(main()) == 4
+
+
 @pytest.mark.parametrize("visited", [False, True], ids=["two", "two and a visitor"])
 def test_busy_tenants_share_by_weight_and_none_starves_beside_a_kept_slot(visited: bool) -> None:
     async def main() -> dict[str, int]:

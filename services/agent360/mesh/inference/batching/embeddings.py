@@ -22,7 +22,8 @@ from agent360.mesh.inference.routing import Route
 if TYPE_CHECKING:
     from agent360.mesh.inference.upstream import RanEmbeddings
 
-_KEPT_IDLE: Final = 64
+_MOST_KINDS: Final = 8
+"""Kinds of texts of one model that share calls, each among themselves; further ones share none."""
 
 
 class _Key(NamedTuple):
@@ -55,6 +56,8 @@ class EmbeddingBatches:
     """Gathers texts for the same model and length of vectors into batches.
 
     Each caller gets its own vectors, and is charged its own share, by tokens, of what they took.
+    Who asks for ever other lengths makes no more lines than a few: what is left waits in the
+    model's own, as large as its settings say.
 
     Example:
         >>> batches = EmbeddingBatches(embed_alone, queues)
@@ -79,14 +82,18 @@ class EmbeddingBatches:
 
         Texts that are too many for one call are divided among several.
         """
-        calls = self._calls(request, route)
         most, texts = route.model.batch.max_size, request.inputs
         if len(texts) <= most:
-            return await calls.submit(ticket, texts, bill)
+            return await self._embed_some(ticket, request, route, bill)
         pieces = [texts[at : at + most] for at in range(0, len(texts), most)]
         tasks = [
             asyncio.create_task(
-                calls.submit(replace(ticket, tokens=tokens.estimate_inputs(piece)), piece, bill)
+                self._embed_some(
+                    replace(ticket, tokens=tokens.estimate_inputs(piece)),
+                    replace(request, inputs=piece),
+                    route,
+                    bill,
+                )
             )
             for piece in pieces
         ]
@@ -100,12 +107,26 @@ class EmbeddingBatches:
         """Turns those away that wait, and stops what is in flight."""
         await asyncio.gather(*(calls.batcher.close() for calls in self._shared.values()))
 
-    def _calls(self, request: EmbeddingInputs, route: Route) -> _SharedCalls:
+    async def _embed_some(
+        self, ticket: Ticket, request: EmbeddingInputs, route: Route, bill: Bill
+    ) -> RanEmbeddings:
+        """Vectors of no more texts than a call takes."""
+        calls = self._calls(request, route)
+        if calls is None:
+            return await self._embed(ticket, request, route, bill=bill)
+        return await calls.submit(ticket, request.inputs, bill)
+
+    def _calls(self, request: EmbeddingInputs, route: Route) -> _SharedCalls | None:
+        """The calls that a request may share; None: there are too many kinds of its model."""
         key = _Key(route.model.name, request.dimensions, route.rule)
         calls = self._shared.get(key)
         if calls is None:
-            if len(self._shared) >= _KEPT_IDLE:
-                self._shared = {k: c for k, c in self._shared.items() if not c.batcher.idle}
+            kinds = [each for each in self._shared if each.model == key.model]
+            if len(kinds) >= _MOST_KINDS:
+                idle = next((each for each in kinds if self._shared[each].batcher.idle), None)
+                if idle is None:
+                    return None
+                del self._shared[idle]
             calls = self._shared[key] = _SharedCalls(
                 self._embed, self._queues, route, request.dimensions
             )

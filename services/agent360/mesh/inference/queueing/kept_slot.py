@@ -46,6 +46,11 @@ class KeptSlot:
         self._visits: dict[str, _Visit] = {}
         self._weight = 0.0
 
+    @property
+    def shared(self) -> bool:
+        """Whether more than one tenant came lately, as far as is known without looking."""
+        return len(self._visits) > 1
+
     def came(self, waiter: Waiter[Any], now: float, keep_s: float) -> None:
         """Notes that a tenant asks; those that have not for ``keep_s`` seconds are forgotten."""
         tenant, visits = waiter.ticket.tenant, self._visits
@@ -74,7 +79,7 @@ class KeptSlot:
         """
         tenant = waiter.ticket.tenant
         self._forget(now - line.settings.keep_slot_s)
-        if len(self._visits) < 2 or slots < 2 or not held(tenant):
+        if not self.shared or slots < 2 or not held(tenant):
             return False
         return any(
             not held(other) and self._has_claim(other, visit, waiter, line, slots)
@@ -111,6 +116,6 @@ class KeptSlot:
         visits = self._visits
         while visits:
             tenant = next(iter(visits))
-            if visits[tenant].at >= before:
+            if visits[tenant].at > before:
                 return
             self._weight -= visits.pop(tenant).weight

@@ -310,7 +310,7 @@ class _ModelQueue:
             return self._is_kept_from(waiter, self._free(waiter.payload.excluding)[1], now)
 
         while not granted and len(passed_over) < _MOST_PASSED_OVER:
-            waiter = lobby.take(now, withheld)
+            waiter = lobby.take(now, withheld if self._kept.shared else None)
             if waiter is None:
                 break
             place = waiter.payload
@@ -345,7 +345,7 @@ class _ModelQueue:
 
     def _is_kept_from(self, waiter: Waiter[_Place], gates: list[_Gate], now: float) -> bool:
         """Whether the last free turn is kept for another tenant."""
-        if waiter.ticket.batched:
+        if waiter.ticket.batched or not self._kept.shared:
             return False
         slots = free = 0
         for gate in gates:
