@@ -33,7 +33,6 @@ _DEFINITIONS_AT_ONCE: Final = 256
 """Definitions that are read before others have their turn on the event loop."""
 _MAX_REFUSALS: Final = 20_000
 """Series of a stream whose refusal is told apart; further ones are told the last reason."""
-_MAX_TIME_S: Final = 253_402_300_799
 
 
 class AcceptedTimes(NamedTuple):
@@ -75,11 +74,7 @@ class ReportReader:
             if place % _DEFINITIONS_AT_ONCE == 0:
                 await asyncio.sleep(0)
         now_s = self._now()
-        base_s = (
-            request.base_time.seconds + request.base_time.nanos / 1e9
-            if request.HasField("base_time")
-            else now_s
-        )
+        base_s = request.base_time.ToNanoseconds() / 1e9 if request.HasField("base_time") else now_s
         values = np.array(request.values, np.float64)
         numbers = self._numbers_of(np.array(request.refs, np.int64))
         times_s = np.full(size, base_s)
@@ -110,9 +105,7 @@ class ReportReader:
             length = len(getattr(request, field))
             optional = field != "values" and not length
             faults.require(field, optional or length == size, f"must have {size:,} elements")
-        if request.HasField("base_time"):
-            fits = 0 <= request.base_time.seconds <= _MAX_TIME_S
-            faults.require("base_time", fits, "must be from 1970 to 9999")
+        faults.time("base_time", request.base_time)
         refs_fit = all(definition.ref < MAX_REF for definition in request.definitions)
         faults.require("definitions.ref", refs_fit, f"must be below {MAX_REF:,}")
         faults.raise_if_any()
@@ -166,15 +159,15 @@ class ReportReader:
         order = np.argsort(firsts)
         found = zip(*(each[order].tolist() for each in (keys, firsts, counts)), strict=True)
         return [
-            self._refusal(*divmod(key, _CAUSES), columns.values[first])._replace(count=count)
+            self._refusal(key // _CAUSES, key % _CAUSES, columns.values[first], count)
             for key, first, count in found
         ]
 
-    def _refusal(self, number: int, cause: int, value: float) -> Refused:
+    def _refusal(self, number: int, cause: int, value: float, count: int) -> Refused:
         if number == _NOT_INTRODUCED:
-            return Refused(Reason.SERIES, "a reference was not introduced")
+            return Refused(Reason.SERIES, "a reference was not introduced", count=count)
         if number < 0:
-            return self._refusals[_NOT_INTRODUCED - number - 1]
+            return self._refusals[_NOT_INTRODUCED - number - 1]._replace(count=count)
         series = self._table.all[number]
         reason, text = (
             (Reason.TIME, f"is older than {self._times.late_s:,.0f} s"),
@@ -182,7 +175,7 @@ class ReportReader:
             (Reason.VALUE, "has a count of 0"),
             (Reason.VALUE, f"{value} is not a value of its kind"),
         )[cause - 1]
-        return Refused(reason, f"{series.name}: {text}", series.tenant)
+        return Refused(reason, f"{series.name}: {text}", series.tenant, count)
 
 
 class _Sent(NamedTuple):
