@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 from google.protobuf.message import Message
 from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2
@@ -16,6 +17,8 @@ from support.servers import running
 from agent360.audit.v1 import audit_pb2
 from agent360.client.channel import open_channel
 from agent360.logs.v1 import logs_pb2
+from agent360.mesh.metrics.frame import Columns, Frame
+from agent360.mesh.metrics.series import Kind, SeriesId
 from agent360.mesh.runtime.server import Server
 from agent360.metrics.v1 import metrics_pb2
 
@@ -149,3 +152,19 @@ async def test_a_histogram_without_values_is_refused_and_spoils_no_query(
     method = "agent360.metrics.v1.MetricsService/Query"
     found = await answer(server, method, query, metrics_pb2.QueryResponse)
     assert not found.groups
+
+
+def test_a_value_that_is_no_number_does_not_make_others_unreadable() -> None:
+    series = [SeriesId("acme", "seconds", (), Kind.DISTRIBUTION, "s")]
+    size = 3
+    columns = Columns(
+        np.zeros(size, np.int64),
+        np.full(size, 1e9),
+        np.array([1.0, NAN, INF]),
+        np.ones(size, np.int64),
+    )
+    frame = Frame.of_samples(series, columns, np.full(size, Kind.DISTRIBUTION, np.uint8))
+    merged = Frame.merged([frame, frame])
+    assert merged.count.tolist() == [2]
+    assert merged.total.tolist() == [2.0]
+    assert merged.quantiles([0.5])[0, 0] == 1.0
