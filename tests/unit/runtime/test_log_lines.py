@@ -19,5 +19,5 @@ def test_a_record_cannot_steer_the_terminal_it_is_shown_on(
         )
     )
     shown = capsys.readouterr().out
-    assert "\x1b" not in shown and "\x9b" not in shown and "\x07" not in shown
+    assert not set(shown) & set("\x1b\x9b\x07")
     assert "title\\x1b]0;other\\x07 é\\x9b2J" in shown

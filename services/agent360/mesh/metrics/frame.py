@@ -91,7 +91,8 @@ class Frame:
         """
         finite = np.isfinite(columns.values)
         if not finite.all():
-            columns, kinds = Columns(*(column[finite] for column in columns)), kinds[finite]
+            kept: list[Any] = [column[finite] for column in columns]
+            columns, kinds = Columns(*kept), kinds[finite]
         buckets = (columns.times_s // BUCKET_S).astype(np.int64) * BUCKET_S
         order, starts = _groups(columns.series, buckets)
         values, weights = columns.values[order], columns.weights[order]
