@@ -22,7 +22,7 @@ install: $(VENV)/.installed  ## make .venv with everything a developer needs
 
 .PHONY: test
 test: install  ## run the whole test suite; what cannot run says why at the end
-	@PATH="$(CURDIR)/.cache/bin:$$PATH" $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup $(PYTEST_ARGS)
+	@PATH="$(CURDIR)/.cache/bin:$$PATH" $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 .PHONY: check
 check: $(VENV)/.installed  ## lint, types, proto lint, stub drift and import rules

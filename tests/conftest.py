@@ -5,19 +5,7 @@ import os
 import pytest
 from support import skips
 
-_CASSANDRA = "cassandra"
-"""Fixtures whose name has it run a Cassandra: tests with them share a process, and the server."""
-
 _unexpected: list[str] = []
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of a file stay together when several processes share the work: so do fixtures."""
-    for item in items:
-        names: tuple[str, ...] = getattr(item, "fixturenames", ())
-        shared = _CASSANDRA if any(_CASSANDRA in name for name in names) else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(shared))
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

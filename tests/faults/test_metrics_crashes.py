@@ -1,25 +1,20 @@
 """The metrics service is killed while it takes samples in: none is lost, none counts twice."""
 
 import asyncio
-import os
 import random
 import resource
-import signal
 import socket
-import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import aiohttp
 import pytest
-from support.crashing_metrics import POINTS
+from support.crashing_metrics import POINTS, CrashingMetrics
 from support.polling import eventually_async
 
 from agent360.client import Mesh
 from agent360.metrics.v1 import metrics_pb2 as pb
-
-TESTS = Path(__file__).parent.parent
 
 
 def free_port() -> int:
@@ -28,44 +23,29 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-async def start(
-    directory: Path, port: int, point: str = "never", hit: int = 0
-) -> asyncio.subprocess.Process:
-    return (await start_with_pages(directory, port, point, hit))[0]
-
-
-async def start_with_pages(
-    directory: Path, port: int, point: str = "never", hit: int = 0
-) -> tuple[asyncio.subprocess.Process, int]:
-    """The service and its HTTP port; 0: it died at once."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "support.crashing_metrics",
-        str(directory),
-        str(port),
-        point,
-        str(hit),
-        cwd=TESTS,
-        stdout=asyncio.subprocess.PIPE,
-    )
-    assert process.stdout is not None
-    line = await asyncio.wait_for(process.stdout.readline(), 30)
-    assert line.startswith(b"ready ") or not line, "one that dies at once has said nothing"
-    return process, int(line[6:] or b"0")
-
-
 @asynccontextmanager
 async def reviving(
-    directory: Path, port: int, point: str, hit: int
+    directory: Path, port: int, point: str, hits: Sequence[int]
 ) -> AsyncIterator[Callable[[], Awaitable[None]]]:
-    """A service that dies once and is then started again; gives a wait for that."""
-    process = await start(directory, port, point, hit)
-    running = [process]
+    """A service that dies at a point, is started again and dies, and then lives.
+
+    Args:
+        directory: of its store and journal.
+        port: that it serves on every time.
+        point: where it dies.
+        hits: how often each of its lives comes to the point.
+
+    Yields:
+        A wait for the last start.
+    """
+    lives = [await CrashingMetrics.start(directory, port, point, hits[0])]
 
     async def revive() -> None:
-        assert await process.wait() in (9, -signal.SIGKILL)
-        running.append(await start(directory, port))
+        for next_hit in hits[1:]:
+            assert await lives[-1].ended() == 9
+            lives.append(await CrashingMetrics.start(directory, port, point, next_hit))
+        assert await lives[-1].ended() == 9
+        lives.append(await CrashingMetrics.start(directory, port))
 
     reviver = asyncio.create_task(revive())
     try:
@@ -73,10 +53,7 @@ async def reviving(
     finally:
         reviver.cancel()
         await asyncio.gather(reviver, return_exceptions=True)
-        for each in running:
-            if each.returncode is None:
-                each.kill()
-                await each.wait()
+        await lives[-1].kill()
 
 
 async def answer(mesh: Mesh, name: str, aggregation: pb.Aggregation) -> float:
@@ -91,16 +68,13 @@ async def assert_exact(mesh: Mesh, count: int, total: float, counted: float) -> 
     assert await answer(mesh, "plans", pb.AGGREGATION_SUM) == counted
 
 
-@pytest.mark.parametrize("hit", [1, 5])
 @pytest.mark.parametrize("point", POINTS)
-async def test_a_death_at_any_point_loses_and_doubles_nothing(
-    tmp_path: Path, point: str, hit: int
-) -> None:
+async def test_a_death_at_any_point_loses_and_doubles_nothing(tmp_path: Path, point: str) -> None:
     port = free_port()
-    chance = random.Random(f"{point} {hit}")
+    chance = random.Random(point)
     count, total, counted = 0, 0.0, 0
     async with (
-        reviving(tmp_path, port, point, hit) as revived,
+        reviving(tmp_path, port, point, hits=(1, 5)) as revived,
         Mesh.connect(metrics=f"127.0.0.1:{port}", tenant="acme", api_key="") as mesh,
     ):
         revival = asyncio.ensure_future(revived())
@@ -116,20 +90,19 @@ async def test_a_death_at_any_point_loses_and_doubles_nothing(
         await revival
         await assert_exact(mesh, count, total, counted)
         assert mesh.metrics.dropped == 0
-    again = await start(tmp_path, port)
+    again = await CrashingMetrics.start(tmp_path, port)
     try:
         async with Mesh.connect(metrics=f"127.0.0.1:{port}", tenant="acme", api_key="") as mesh:
             await assert_exact(mesh, count, total, counted)
     finally:
-        again.kill()
-        await again.wait()
+        await again.kill()
 
 
 async def test_kill_during_a_hundred_thousand_samples_leaves_count_and_sum_exact(
     tmp_path: Path,
 ) -> None:
     port = free_port()
-    process = await start(tmp_path, port)
+    process = await CrashingMetrics.start(tmp_path, port)
     chance = random.Random(5)
     total = 0.0
     async with Mesh.connect(metrics=f"127.0.0.1:{port}", tenant="acme", api_key="") as mesh:
@@ -143,16 +116,14 @@ async def test_kill_during_a_hundred_thousand_samples_leaves_count_and_sum_exact
                 await asyncio.sleep(0)
             if number % 33_000 == 20_000:
                 await asyncio.wait((flushing,), timeout=chance.uniform(0.005, 0.05))
-                os.kill(process.pid, signal.SIGKILL)
-                await process.wait()
-                process = await start(tmp_path, port)
+                await process.kill()
+                process = await CrashingMetrics.start(tmp_path, port)
         await asyncio.wait_for(mesh.metrics.flush(), 60)
         try:
             await assert_exact(mesh, 100_000, total, 20)
             assert mesh.metrics.dropped == 0
         finally:
-            process.kill()
-            await process.wait()
+            await process.kill()
 
 
 async def page(port: int) -> str:
@@ -167,7 +138,7 @@ async def test_a_full_disk_is_told_nothing_is_acknowledged_and_it_goes_on_with_s
     tmp_path: Path,
 ) -> None:
     port = free_port()
-    process, http_port = await start_with_pages(tmp_path, port)
+    process = await CrashingMetrics.start(tmp_path, port)
     try:
         async with Mesh.connect(metrics=f"127.0.0.1:{port}", tenant="acme", api_key="") as mesh:
             mesh.metrics.observe("seconds", 1.5, unit="s")
@@ -179,16 +150,15 @@ async def test_a_full_disk_is_told_nothing_is_acknowledged_and_it_goes_on_with_s
             flushing = asyncio.create_task(mesh.metrics.flush())
 
             async def told() -> bool:
-                return "metrics_journal_failing 1.0" in await page(http_port)
+                return "metrics_journal_failing 1.0" in await page(process.http_port)
 
             await eventually_async(told, 20)
             assert not flushing.done()
             await assert_exact(mesh, 1, 1.5, 2)
             resource.prlimit(process.pid, resource.RLIMIT_FSIZE, no_limit)
             await asyncio.wait_for(flushing, 30)
-            assert "metrics_journal_failing 0.0" in await page(http_port)
+            assert "metrics_journal_failing 0.0" in await page(process.http_port)
             await assert_exact(mesh, 2, 4.0, 2)
             assert mesh.metrics.dropped == 0
     finally:
-        process.kill()
-        await process.wait()
+        await process.kill()

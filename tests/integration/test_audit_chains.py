@@ -413,7 +413,7 @@ async def test_100_000_events_of_50_tenants_are_paged_and_verified_while_writes_
             assert not all(each.done() for each in writers), "the writes were over too early"
 
         assert all(ids <= written[tenant] for tenant, ids in seen.items())
-        for tenant in tenants[::7]:
+        for tenant in tenants[3::7]:
             listed = [
                 each.event_id
                 async for each in mesh.audit.list_events(tenant=tenant, page_size=1_000)
@@ -424,17 +424,17 @@ async def test_100_000_events_of_50_tenants_are_paged_and_verified_while_writes_
         assert len(found) == each_has // 10
         assert {each.actor for each in found} == {"actor-4"}
 
-        sound = await checked(mesh, "*")
-        assert sum(each.head.sequence for each in sound) == 100_000
-        assert {each.fault for each in sound} == {0}
         with sqlite3.connect(path) as db:
             forge(
                 db,
                 "UPDATE audit_events SET resource = 'plans/0' "
                 "WHERE tenant = 'tenant-31' AND sequence = 1234",
             )
-        wrong = [each for each in await checked(mesh, "*") if each.fault]
-        assert [(each.head.tenant, each.fault, each.sequence) for each in wrong] == [
+        chains = await checked(mesh, "*")
+        sound = [each.head for each in chains if not each.fault]
+        assert {each.tenant for each in sound} == {*tenants} - {"tenant-31"}
+        assert sum(each.sequence for each in sound) == 49 * each_has
+        assert [(each.head.tenant, each.fault, each.sequence) for each in chains if each.fault] == [
             ("tenant-31", CHANGED, 1_234)
         ]
 

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -204,6 +205,15 @@ async def test_a_streamed_answer_breaks_off_at_the_deadline_after_what_was_in_ti
         assert in_progress(server) == 0
 
 
+TOKENS = """
+[[limits]]
+id = "tokens"
+name = "inference.tokens"
+amount = 1_000_000
+period = "1m"
+"""
+
+
 class Listening(RateLimitServicer):
     """The ratelimit service, which notes what its callers have left."""
 
@@ -211,14 +221,18 @@ class Listening(RateLimitServicer):
         super().__init__(*given)
         self.remaining_s: list[float] = []
 
-    async def check(self, items: Sequence[Item], emit: Emit) -> None:
+    async def reserve(self, items: Sequence[Item], emit: Emit) -> None:
         now = time.monotonic()
         self.remaining_s += [item.call.deadline - now for item in items]
-        await super().check(items, emit)
+        await super().reserve(items, emit)
 
 
-async def test_what_remains_of_a_deadline_is_the_deadline_of_calls_to_other_services() -> None:
-    limiter = Server(RateLimitSettings(ephemeral_ports=True, grace_s=1.0), Listening)
+async def test_what_remains_of_a_deadline_is_the_deadline_of_calls_to_other_services(
+    tmp_path: Path,
+) -> None:
+    limits = tmp_path / "limits.toml"
+    limits.write_text(TOKENS)
+    limiter = Server(RateLimitSettings(ephemeral_ports=True, grace_s=1.0, limits=limits), Listening)
     await limiter.start()
     try:
         async with (

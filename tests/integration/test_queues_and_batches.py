@@ -294,7 +294,7 @@ async def test_a_caller_that_leaves_makes_room_at_once() -> None:
 
         async def pending(count: int) -> bool:
             metrics = await metrics_of(server)
-            return metrics['inference_pending_request_count{model="small"}'] == count
+            return metrics['inference_pending_requests{model="small"}'] == count
 
         await eventually_async(lambda: pending(20))
         for task in waiting:

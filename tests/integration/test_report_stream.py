@@ -196,6 +196,33 @@ async def test_a_malformed_message_ends_the_stream_after_those_before_it_were_ac
         assert field in (failure.details() or "")
 
 
+async def test_a_time_that_no_calendar_has_is_named(server: Server) -> None:
+    async with stream(server) as report:
+        await report.send(1, base_time={"seconds": 1 << 62}, definitions=[])
+        error = await report.failure()
+    assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert error.details() == "base_time: must be from 1970 to 9999"
+
+
+async def test_refused_samples_of_a_large_message_are_one_reason_and_all_counted(
+    server: Server,
+) -> None:
+    bad = pb.SeriesDefinition(ref=2, series=pb.Series(name="not a name", kind=GAUGE))
+    good = pb.SeriesDefinition(ref=1, series=pb.Series(name="plans", kind=GAUGE))
+    size = 100_000
+    async with stream(server) as report:
+        await report.send(
+            1,
+            definitions=[good, bad],
+            refs=[1, 2] * (size // 2),
+            values=[float("nan")] * size,
+        )
+        (response,) = await report.acknowledged(1)
+    assert response.rejected == size
+    assert len(response.rejections) == 2
+    assert response.rejections[0] == "plans: nan is not a value of its kind"
+
+
 async def test_a_streams_reporter_cannot_change(server: Server) -> None:
     async with stream(server) as its:
         await its.send(1, definitions=[plans()])

@@ -1,20 +1,20 @@
 """A metrics service in a process of its own that dies at a chosen point: no handler, no flush.
 
-Run as ``python -m support.crashing_metrics DIRECTORY PORT POINT HIT``: it dies the HIT-th time it
-comes to POINT; POINT ``never`` serves on. It writes ``ready`` and its HTTP port to its standard
-output.
+Each process is forked from one that has already imported what the service needs.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import multiprocessing
 import os
 import sqlite3
-import sys
 from collections.abc import AsyncIterator
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import structlog
 
@@ -28,6 +28,11 @@ from agent360.mesh.runtime.call import Call
 from agent360.mesh.runtime.logs import configure_logging
 from agent360.mesh.runtime.server import Server
 from agent360.mesh.runtime.service import ServiceContext
+
+_PROCESSES: Final = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload(["agent360.mesh.metrics", "agent360.mesh.runtime.server"])
+
+_START_S: Final = 30.0
 
 POINTS = (
     "half a record is written",
@@ -134,10 +139,64 @@ class DyingOpeners(Openers):
         return journal
 
 
-async def main(directory: str, port: str, point: str, hit: str) -> None:
+class CrashingMetrics:
+    """A process of the service.
+
+    Attributes:
+        http_port: of its pages; 0: it died before it served.
+        pid: of the process.
+    """
+
+    def __init__(self, process: ForkServerProcess, http_port: int) -> None:
+        assert process.pid is not None
+        self._process = process
+        self.pid: Final = process.pid
+        self.http_port: Final = http_port
+
+    @classmethod
+    async def start(
+        cls, directory: Path, port: int, point: str = "never", hit: int = 0
+    ) -> CrashingMetrics:
+        """Starts one that dies the ``hit``-th time it comes to ``point``; ``never``: serves on.
+
+        Returns when it serves, or has died.
+        """
+        return await asyncio.to_thread(cls._start, directory, port, point, hit)
+
+    @classmethod
+    def _start(cls, directory: Path, port: int, point: str, hit: int) -> CrashingMetrics:
+        receiver, sender = _PROCESSES.Pipe(duplex=False)
+        process = _PROCESSES.Process(target=_run, args=(directory, port, point, hit, sender))
+        process.start()
+        sender.close()
+        with receiver:
+            assert receiver.poll(_START_S), "it neither serves nor has died"
+            try:
+                return cls(process, receiver.recv())
+            except EOFError:
+                return cls(process, 0)
+
+    async def ended(self) -> int:
+        """Waits for its end; returns its exit code, negative for a signal."""
+        await asyncio.to_thread(wait, [self._process.sentinel])
+        code = self._process.exitcode
+        assert code is not None
+        return code
+
+    async def kill(self) -> None:
+        """Kills it (SIGKILL) unless it has ended, and waits for its end."""
+        self._process.kill()
+        await self.ended()
+
+
+def _run(directory: Path, port: int, point: str, hit: int, ready: Connection) -> None:
+    asyncio.run(_serve(directory, port, Death(point, hit), ready))
+
+
+async def _serve(directory: Path, port: int, death: Death, ready: Connection) -> None:
     settings = MetricsSettings.model_validate(
         {
-            "port": int(port),
+            "port": port,
             "ephemeral_ports": True,
             "store": f"sqlite:///{directory}/metrics.db",
             "intake": {"commit_every_s": 0.05},
@@ -147,7 +206,6 @@ async def main(directory: str, port: str, point: str, hit: str) -> None:
         }
     )
     configure_logging(settings.log, settings.redaction, settings.service)
-    death = Death(point, int(hit))
 
     def servicer(settings: MetricsSettings, context: ServiceContext) -> MetricsServicer:
         made = DyingServicer(settings, context, DyingOpeners(death))
@@ -156,10 +214,5 @@ async def main(directory: str, port: str, point: str, hit: str) -> None:
 
     server = Server(settings, servicer)
     await server.start()
-    sys.stdout.write(f"ready {server.http_port}\n")
-    sys.stdout.flush()
+    ready.send(server.http_port)
     await asyncio.Event().wait()
-
-
-if __name__ == "__main__":
-    asyncio.run(main(*sys.argv[1:]))

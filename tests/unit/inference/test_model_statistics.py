@@ -49,7 +49,7 @@ def test_prometheus_gets_tritons_measures_without_tenants() -> None:
         'inference_request_failure_total{model="small",reason="QUEUE_FULL"} 1.0',
         'inference_count_total{model="small"} 5.0',
         'inference_exec_count_total{model="small"} 1.0',
-        'inference_pending_request_count{model="small"} 3.0',
+        'inference_pending_requests{model="small"} 3.0',
         'inference_request_duration_seconds_sum{model="small"} 0.32',
         'inference_queue_duration_seconds_sum{model="small"} 0.02',
         'inference_compute_duration_seconds_sum{model="small"} 0.3',

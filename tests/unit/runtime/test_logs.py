@@ -10,10 +10,10 @@ import pytest
 
 _FAILING = """
 import structlog
-from agent360.mesh.runtime.settings import LogSettings
-from agent360.mesh.runtime.telemetry import configure_logging
+from agent360.mesh.runtime.logs import configure_logging
+from agent360.mesh.runtime.settings import LogSettings, RedactionSettings
 
-configure_logging(LogSettings(format={format!r}))
+configure_logging(LogSettings(format={format!r}), RedactionSettings(), "cache")
 
 def serve():
     authorization = "Bearer " + "-".join(("a", "key"))

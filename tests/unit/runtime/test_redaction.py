@@ -68,3 +68,26 @@ def test_names_and_looks_can_be_set_and_a_broken_pattern_is_refused() -> None:
     assert none.named("password", "password=x") == "password=x"
     with pytest.raises(ValueError, match="not a regular expression"):
         RedactionSettings(values=("(",))
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ('{"password": "a b\\"c", "page": 2}', '{"password": [redacted], "page": 2}'),
+        ('password="cut off bef', "password=[redacted]"),
+        ("password='cut off after \\", "password=[redacted]"),
+        ("a=token=abc&page=2", "a=token=[redacted]&page=2"),
+        ("plan:password:abc", "plan:password:[redacted]"),
+    ],
+)
+def test_a_secret_goes_whole_whatever_stands_around_it(text: str, left: str) -> None:
+    assert Redactor(RedactionSettings()).text(text) == left
+
+
+@pytest.mark.parametrize("word", ["api_key", "password", "token ", "x", "-", "secret="])
+def test_long_texts_of_names_without_values_are_read_in_linear_time(word: str) -> None:
+    """Quadratic time would be hours: of what can be sent in one message."""
+    text = "a=1 " + word * 500_000
+    redactor = Redactor(RedactionSettings())
+    redacted = redactor.text(text)
+    assert redacted.startswith("a=1 ")

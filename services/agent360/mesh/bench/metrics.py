@@ -98,6 +98,10 @@ async def measure(rounds: int, seconds: float, report: Callable[[str], None]) ->
         mesh = await stack.enter_async_context(
             Mesh.connect(metrics=address, tenant=_TENANT, api_key="")
         )
+        # First: memory that queries gave back would hide what a series takes.
+        report("metrics: idle series")
+        if PROCESSES.is_dir():
+            figures.series_bytes = await _bytes_of_a_series(channel, pid)
         stream = _ReportStream(channel, "bench-load", _latencies(MESSAGE_ITEMS))
         for number in range(rounds + 1):
             report(f"metrics: round {number} of {rounds}" if number else "metrics: warming up")
@@ -119,9 +123,6 @@ async def measure(rounds: int, seconds: float, report: Callable[[str], None]) ->
         report("metrics: a day of samples")
         await _fill_a_day(channel)
         await _ask(mesh, figures)
-        report("metrics: idle series")
-        if PROCESSES.is_dir():
-            figures.series_bytes = await _bytes_of_a_series(channel, pid)
     return figures
 
 

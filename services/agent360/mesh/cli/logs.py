@@ -22,6 +22,7 @@ from agent360.logs.v1 import logs_pb2 as pb
 
 _UNITS: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 _DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
+_CONTROL: Final = re.compile(r"[^\n\t\x20-\x7e\xa0-\U0010ffff]")
 _POLL_S: Final = 1.0
 _LATE: Final = timedelta(seconds=60)
 """Records may come so much later than they were logged and are still shown while following."""
@@ -146,18 +147,23 @@ def _show_json(record: pb.LogRecord) -> None:
 
 
 def _show(record: pb.LogRecord) -> None:
-    line = Text()
+    line = Text()  # of what anybody may have logged: nothing in it may steer the terminal
     line.append(f"{record.record_time.ToDatetime(UTC):%Y-%m-%d %H:%M:%S.%f}"[:-3], "dim")
     level = pb.LogLevel.Name(record.level).removeprefix("LOG_LEVEL_").lower()
     line.append(f" {level:<8}", _COLOURS.get(record.level, ""))
-    line.append(f" {record.service:<9} {record.message}")
+    line.append(f" {_harmless(record.service):<9} {_harmless(record.message)}")
     for name, value in _facts(record).items():
-        line.append(f" {name}=", "dim")
-        line.append(str(value))
+        line.append(f" {_harmless(name)}=", "dim")
+        line.append(_harmless(str(value)))
     console = Console(soft_wrap=True)
     console.print(line, highlight=False)
     if record.exception:
-        console.print(Text(record.exception, "red"), highlight=False)
+        console.print(Text(_harmless(record.exception), "red"), highlight=False)
+
+
+def _harmless(text: str) -> str:
+    """A text whose control characters, except ends of lines and tabs, are shown as numbers."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def _facts(record: pb.LogRecord) -> dict[str, Any]:

@@ -79,13 +79,20 @@ class Frame:
     def of_samples(
         cls, series: Sequence[SeriesId], columns: Columns, kinds: npt.NDArray[np.uint8]
     ) -> Self:
-        """Rolls samples up into buckets of ``BUCKET_S``.
+        """Rolls samples up into buckets of ``BUCKET_S``, except values that are no numbers.
+
+        Those are refused where they come in. One that came through all the same, and is in a
+        journal, must not make what all others reported unreadable.
 
         Args:
             series: what the numbers of the samples stand for.
             columns: the samples, in the order in which they came.
             kinds: of each sample's series.
         """
+        finite = np.isfinite(columns.values)
+        if not finite.all():
+            kept: list[Any] = [column[finite] for column in columns]
+            columns, kinds = Columns(*kept), kinds[finite]
         buckets = (columns.times_s // BUCKET_S).astype(np.int64) * BUCKET_S
         order, starts = _groups(columns.series, buckets)
         values, weights = columns.values[order], columns.weights[order]

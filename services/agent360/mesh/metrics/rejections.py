@@ -26,12 +26,14 @@ class Reason(StrEnum):
 
 
 class Refused(NamedTuple):
-    """Why one sample was refused."""
+    """Why samples were refused."""
 
     reason: Reason
     text: str
     tenant: str = ""
-    """Whose it is, where that is known."""
+    """Whose they are, where that is known."""
+    count: int = 1
+    """How many."""
 
     def __str__(self) -> str:
         return self.text
@@ -55,9 +57,9 @@ class Rejections:
     def add(self, refused: Iterable[Refused]) -> None:
         """Counts samples."""
         for each in refused:
-            self.by_reason[each.reason] += 1
+            self.by_reason[each.reason] += each.count
             if each.tenant:
-                self._fresh[each.tenant, each.reason] += 1
+                self._fresh[each.tenant, each.reason] += each.count
 
     def drain(self) -> dict[tuple[str, Reason], int]:
         """Those of known tenants since the last drain."""

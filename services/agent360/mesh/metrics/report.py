@@ -28,6 +28,9 @@ MAX_REF: Final = 1 << 20
 _WINDOW: Final = 256
 _NAMED_REJECTIONS: Final = 10
 _NOT_INTRODUCED: Final = -1
+_CAUSES: Final = 5
+_DEFINITIONS_AT_ONCE: Final = 256
+"""Definitions that are read before others have their turn on the event loop."""
 _MAX_REFUSALS: Final = 20_000
 """Series of a stream whose refusal is told apart; further ones are told the last reason."""
 
@@ -58,7 +61,7 @@ class ReportReader:
         self.reporter_id = ""
         """Whose messages these are, once there was one."""
 
-    def read(self, request: Any) -> tuple[Columns, list[Refused]]:
+    async def read(self, request: Any) -> tuple[Columns, list[Refused]]:
         """The samples of a message, and why others are refused.
 
         Raises:
@@ -66,8 +69,10 @@ class ReportReader:
         """
         size = len(request.refs)
         self._check(request, size)
-        for definition in request.definitions:
+        for place, definition in enumerate(request.definitions, 1):
             self._introduce(definition)
+            if place % _DEFINITIONS_AT_ONCE == 0:
+                await asyncio.sleep(0)
         now_s = self._now()
         base_s = request.base_time.ToNanoseconds() / 1e9 if request.HasField("base_time") else now_s
         values = np.array(request.values, np.float64)
@@ -100,6 +105,7 @@ class ReportReader:
             length = len(getattr(request, field))
             optional = field != "values" and not length
             faults.require(field, optional or length == size, f"must have {size:,} elements")
+        faults.time("base_time", request.base_time)
         refs_fit = all(definition.ref < MAX_REF for definition in request.definitions)
         faults.require("definitions.ref", refs_fit, f"must be below {MAX_REF:,}")
         faults.raise_if_any()
@@ -135,26 +141,41 @@ class ReportReader:
         return admit(self._table, tenant, name, dict(series.labels), series.kind, series.unit)
 
     def _refused(self, columns: Columns, now_s: float) -> list[Refused]:
-        """Why each of these samples is refused."""
-        refused = []
-        for number, time_s, value, weight in zip(*(c.tolist() for c in columns), strict=True):
-            if number == _NOT_INTRODUCED:
-                refused.append(Refused(Reason.SERIES, "a reference was not introduced"))
-                continue
-            if number < 0:
-                refused.append(self._refusals[_NOT_INTRODUCED - number - 1])
-                continue
-            series = self._table.all[number]
-            if time_s < now_s - self._times.late_s:
-                reason, text = Reason.TIME, f"is older than {self._times.late_s:,.0f} s"
-            elif time_s > now_s + self._times.early_s:
-                reason, text = Reason.TIME, f"is over {self._times.early_s:,.0f} s in the future"
-            elif weight <= 0:
-                reason, text = Reason.VALUE, "has a count of 0"
-            else:
-                reason, text = Reason.VALUE, f"{value} is not a value of its kind"
-            refused.append(Refused(reason, f"{series.name}: {text}", series.tenant))
-        return refused
+        """Why these samples are refused: those of one series for one reason together."""
+        times_s, numbers = columns.times_s, columns.series
+        causes = np.select(
+            [
+                numbers < 0,
+                times_s < now_s - self._times.late_s,
+                times_s > now_s + self._times.early_s,
+                columns.weights <= 0,
+            ],
+            list(range(_CAUSES - 1)),
+            _CAUSES - 1,
+        )
+        keys, firsts, counts = np.unique(
+            numbers * _CAUSES + causes, return_index=True, return_counts=True
+        )
+        order = np.argsort(firsts)
+        found = zip(*(each[order].tolist() for each in (keys, firsts, counts)), strict=True)
+        return [
+            self._refusal(key // _CAUSES, key % _CAUSES, columns.values[first], count)
+            for key, first, count in found
+        ]
+
+    def _refusal(self, number: int, cause: int, value: float, count: int) -> Refused:
+        if number == _NOT_INTRODUCED:
+            return Refused(Reason.SERIES, "a reference was not introduced", count=count)
+        if number < 0:
+            return self._refusals[_NOT_INTRODUCED - number - 1]._replace(count=count)
+        series = self._table.all[number]
+        reason, text = (
+            (Reason.TIME, f"is older than {self._times.late_s:,.0f} s"),
+            (Reason.TIME, f"is over {self._times.early_s:,.0f} s in the future"),
+            (Reason.VALUE, "has a count of 0"),
+            (Reason.VALUE, f"{value} is not a value of its kind"),
+        )[cause - 1]
+        return Refused(reason, f"{series.name}: {text}", series.tenant, count)
 
 
 class _Sent(NamedTuple):
@@ -233,7 +254,7 @@ class ReportService:
         reader = ReportReader(call, self._table, self._times, self._now)
         async for request in requests:
             await room.acquire()
-            columns, refused = reader.read(request)
+            columns, refused = await reader.read(request)
             source = f"report/{call.principal.name}/{reader.reporter_id}"
             durable = await self._take(source, request.sequence, columns)
             if durable is None:
@@ -264,6 +285,6 @@ class ReportService:
             room.release()
         return metrics_pb2.ReportResponse(
             acknowledged=last.sequence,
-            rejected=len(refused),
-            rejections=[str(each) for each in dict.fromkeys(refused)][:_NAMED_REJECTIONS],
+            rejected=sum(each.count for each in refused),
+            rejections=list(dict.fromkeys(str(each) for each in refused))[:_NAMED_REJECTIONS],
         )

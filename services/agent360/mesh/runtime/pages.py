@@ -63,6 +63,17 @@ def decode_page_token(tenant: str, query: bytes, token: str) -> Any:
     return position
 
 
+def decode_place(tenant: str, query: bytes, token: str) -> tuple[int, str] | None:
+    """As ``decode_page_token``, of lists whose position is a number of 64 bits and a text."""
+    match decode_page_token(tenant, query, token):
+        case None if not token:
+            return None
+        case [int(number), str(text)] if abs(number) < 1 << 63:
+            return number, text
+        case _:
+            raise InvalidRequestError([Violation("page_token", "is not a token of this service")])
+
+
 def read_mask(request: Any, message_class: type[M]) -> Callable[[M], M]:
     """Reads the mask of a request; what it returns keeps of a message only what the mask names.
 

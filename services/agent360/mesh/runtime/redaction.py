@@ -15,6 +15,13 @@ _MAX_DEPTH: Final = 8
 _MAY_NAME_ONE: Final = re.compile(r"[=:]")
 _USER_INFO: Final = re.compile(r"(?<=://)([^/\s:@]*):[^/\s@]+@")
 _BEARER: Final = re.compile(r"(?i)\b(bearer)\s+[\w.~+/=-]{8,}")
+_ASSIGNED_TO: Final = re.compile(r"(?<![\w-])([\w-]++)[\"']?\s*+[=:]\s*+")
+_VALUE: Final = re.compile(
+    r"(?:bearer |basic )?+"
+    r"(?:\"(?:[^\"\\]|\\.)*+(?:\"|\\?$)|'(?:[^'\\]|\\.)*+(?:'|\\?$)|[^\s,;&\"'#]+)",
+    re.IGNORECASE | re.DOTALL,
+)
+"""A value, quoted or not; the closing quote is missing where the text was cut."""
 _WORD_BREAK: Final = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|[-. ]+")
 
 
@@ -37,11 +44,6 @@ class Redactor:
         """
         names = [_as_regex(name) for name in settings.names]
         self._name = re.compile("|".join(names) or r"(?!)", re.IGNORECASE)
-        self._assigned = re.compile(
-            rf"(?<![\w-])({self._name.pattern})([\"']?\s*[=:]\s*)"
-            r"((?:bearer |basic )?(?:\"[^\"]*\"|'[^']*'|[^\s,;&\"'#]+))",
-            re.IGNORECASE,
-        )
         self._looks = re.compile("|".join(settings.values) or r"(?!)")
         self._known_names: dict[str, bool] = {}
 
@@ -63,9 +65,23 @@ class Redactor:
         """A text without the secrets in it: assigned to their names, in URLs, or by their looks."""
         if _MAY_NAME_ONE.search(text) is not None:
             text = _USER_INFO.sub(rf"\1:{REDACTED}@", text)
-            text = self._assigned.sub(rf"\1\2{REDACTED}", text)
+            text = self._without_assigned(text)
         text = _BEARER.sub(rf"\1 {REDACTED}", text)
         return self._looks.sub(REDACTED, text)
+
+    def _without_assigned(self, text: str) -> str:
+        """The text without what is assigned to names of secrets; in time linear in its length."""
+        parts: list[str] = []
+        done = place = 0
+        while (name := _ASSIGNED_TO.search(text, place)) is not None:
+            place = name.end()
+            if self._name.fullmatch(name[1]) is None:
+                continue
+            value = _VALUE.match(text, place)
+            if value is not None:
+                parts += (text[done:place], REDACTED)
+                done = place = value.end()
+        return "".join((*parts, text[done:])) if parts else text
 
     def value(self, value: Any, depth: int = 0) -> Any:
         """A value of JSON without the secrets in it; what is nested too deeply is left out."""

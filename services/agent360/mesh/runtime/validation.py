@@ -8,12 +8,15 @@ from collections.abc import Callable
 from typing import Final
 
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from agent360.client.errors import InvalidRequestError, Violation
 
 TENANT_PATTERN: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 PRINTABLE: Final = r"^[^\x00-\x1f\x7f]+$"
 """What names must match that go into headers, logs and labels."""
+_LAST_S: Final = 253_402_300_799
+"""Last second of the year 9999, Unix time."""
 TENANT_RULE: Final = "must match [a-z0-9][a-z0-9-]{0,62}"
 
 
@@ -55,6 +58,12 @@ class Violations:
         if not seconds > 0 or not math.isfinite(seconds):
             self.add(field, f"must be positive, is {seconds:g}s")
         return seconds
+
+    def time(self, field: str, value: Timestamp) -> bool:
+        """A time must be one that a calendar has; returns whether it is."""
+        fits = 0 <= value.seconds <= _LAST_S and 0 <= value.nanos < 1_000_000_000
+        self.require(field, fits, "must be from 1970 to 9999")
+        return fits
 
     def count(self, field: str, size: int, *, at_least: int, at_most: int) -> None:
         """A number of elements must be within bounds."""

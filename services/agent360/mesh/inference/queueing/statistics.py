@@ -167,7 +167,7 @@ class Statistics:
                 failures.add_metric([each.model, reason], count)
         yield failures
         pending = GaugeMetricFamily(
-            "inference_pending_request_count",
+            "inference_pending_requests",
             "Requests that wait for a model now.",
             labels=["model"],
         )

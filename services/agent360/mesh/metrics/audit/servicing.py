@@ -21,7 +21,7 @@ from agent360.mesh.metrics.audit.wire import (
 from agent360.mesh.metrics.ports import AuditEvent, EventStore, Position, StoreError
 from agent360.mesh.runtime.call import Call, Emit, Item
 from agent360.mesh.runtime.pages import (
-    decode_page_token,
+    decode_place,
     encode_page_token,
     page_size,
     read_mask,
@@ -75,9 +75,9 @@ class AuditService:
         size = page_size(request.page_size)
         wanted = read_filter(call.tenant, request)
         query = request.filter.SerializeToString(deterministic=True)
-        position = decode_page_token(call.tenant, query, request.page_token)
+        position = decode_place(call.tenant, query, request.page_token)
         masked = read_mask(request, pb.Event)
-        before = Position(int(position[0]), str(position[1])) if position else None
+        before = Position(*position) if position else None
         page = await _stored(self._store.events(wanted, before, size))
         response = pb.ListEventsResponse()
         for row in page.events:

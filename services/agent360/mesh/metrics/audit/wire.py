@@ -44,8 +44,9 @@ def read_event(call: Call, request: Any, redactor: Redactor) -> AuditEvent:
     faults.text("event.request_id", event.request_id, max_bytes=256, min_bytes=0)
     faults.matches("event.trace_id", event.trace_id, _TRACE, "must be 32 hexadecimal digits")
     faults.require("event.outcome", bool(event.outcome), "is missing")
-    early = event.event_time.ToNanoseconds() / 1e9 > time.time() + _EARLY_S
-    faults.require("event.event_time", not early, f"is more than {_EARLY_S:g} s in the future")
+    if faults.time("event.event_time", event.event_time):
+        early = event.event_time.ToNanoseconds() / 1e9 > time.time() + _EARLY_S
+        faults.require("event.event_time", not early, f"is more than {_EARLY_S:g} s in the future")
     faults.count("event.attributes", len(event.attributes), at_least=0, at_most=32)
     for key, value in event.attributes.items():
         faults.text(f"event.attributes[{key[:64]}]", key, max_bytes=64)
@@ -95,9 +96,13 @@ def read_filter(tenant: str, request: Any) -> EventFilter:
     """The filter of a ListEventsRequest.
 
     Raises:
-        InvalidRequestError: the range is empty.
+        InvalidRequestError: the range is empty, or a time is none.
     """
     wanted = request.filter
+    faults = Violations()
+    faults.time("filter.start_time", wanted.start_time)
+    faults.time("filter.end_time", wanted.end_time)
+    faults.raise_if_any()
     start_us = wanted.start_time.ToMicroseconds() if wanted.HasField("start_time") else None
     end_us = wanted.end_time.ToMicroseconds() if wanted.HasField("end_time") else None
     if start_us is not None and end_us is not None and start_us >= end_us:

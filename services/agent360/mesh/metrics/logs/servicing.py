@@ -14,7 +14,7 @@ from agent360.mesh.metrics.logs.wire import read_filter, read_records, record_me
 from agent360.mesh.metrics.ports import LogRecord, LogStore, Position, StoreError
 from agent360.mesh.runtime.call import ANY_TENANT, MESH_TENANT, Call
 from agent360.mesh.runtime.pages import (
-    decode_page_token,
+    decode_place,
     encode_page_token,
     page_size,
     read_mask,
@@ -75,9 +75,9 @@ class LogService:
         wanted = read_filter(call, request)
         query = request.filter.SerializeToString(deterministic=True)
         tenant = ANY_TENANT if call.all_tenants else call.tenant
-        position = decode_page_token(tenant, query, request.page_token)
+        position = decode_place(tenant, query, request.page_token)
         masked = read_mask(request, pb.LogRecord)
-        before = Position(int(position[0]), str(position[1])) if position else None
+        before = Position(*position) if position else None
         try:
             page = await self._store.records(wanted, before, size)
         except StoreError as error:

@@ -57,6 +57,7 @@ def read_records(call: Call, request: Any, redactor: Redactor) -> list[LogRecord
 
 
 _MAX_FAULTS: Final = 20
+_LONGEST_S: Final = 366 * 86_400
 
 
 def _check(faults: Violations, record: Any) -> None:
@@ -71,8 +72,11 @@ def _check(faults: Violations, record: Any) -> None:
     faults.count("attributes", len(record.attributes), at_least=0, at_most=32)
     for key in record.attributes:
         faults.text(f"attributes[{key[:64]}]", key, max_bytes=64)
-    early = record.record_time.ToNanoseconds() / 1e9 > time.time() + _EARLY_S
-    faults.require("record_time", not early, f"is more than {_EARLY_S:g} s in the future")
+    if faults.time("record_time", record.record_time):
+        early = record.record_time.ToNanoseconds() / 1e9 > time.time() + _EARLY_S
+        faults.require("record_time", not early, f"is more than {_EARLY_S:g} s in the future")
+    lasts = 0 <= record.duration.seconds <= _LONGEST_S and 0 <= record.duration.nanos < 10**9
+    faults.require("duration", lasts, "must not be negative, nor longer than a year")
     if record.record_id:
         try:
             uuid.UUID(record.record_id)
@@ -120,9 +124,13 @@ def read_filter(call: Call, request: Any) -> LogFilter:
     """The filter of a ListRecordsRequest.
 
     Raises:
-        InvalidRequestError: the range is empty.
+        InvalidRequestError: the range is empty, or a time is none.
     """
     wanted = request.filter
+    faults = Violations()
+    faults.time("filter.start_time", wanted.start_time)
+    faults.time("filter.end_time", wanted.end_time)
+    faults.raise_if_any()
     start_us = wanted.start_time.ToMicroseconds() if wanted.HasField("start_time") else None
     end_us = wanted.end_time.ToMicroseconds() if wanted.HasField("end_time") else None
     if start_us is not None and end_us is not None and start_us >= end_us:

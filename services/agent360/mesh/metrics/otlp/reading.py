@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -57,6 +57,10 @@ class _Refusal(Exception):  # noqa: N818 - it says why a point is refused
     def __init__(self, reason: Reason, text: str) -> None:
         super().__init__(text)
         self.reason = reason
+
+
+_COUNT_BOUND: Final = 1 << 53
+"""Counts are followed as floats, which are exact below this."""
 
 
 class ExportReader:
@@ -165,6 +169,7 @@ class ExportReader:
 
     def _read_histogram(self, source: _Source, point: Any, cumulative: bool) -> None:
         bounds = list(point.explicit_bounds)
+        _check_histogram(point, (*point.bucket_counts, point.count), bounds)
         if len(point.bucket_counts) not in (0, len(bounds) + 1) or bounds != sorted(bounds):
             raise _Refusal(Reason.VALUE, "its buckets do not fit its bounds")
         counts = dict(enumerate(point.bucket_counts or (point.count,)))
@@ -182,6 +187,8 @@ class ExportReader:
         self._add_buckets(source, point, explicit_buckets(bounds, counts, least, most), total)
 
     def _read_exponential(self, source: _Source, point: Any, cumulative: bool) -> None:
+        counts = (*point.positive.bucket_counts, *point.negative.bucket_counts)
+        _check_histogram(point, (*counts, point.zero_count, point.count), ())
         numbers: dict[str, float] = {
             f"{sign}{buckets.offset + place}": float(count)
             for sign, buckets in (("p", point.positive), ("n", point.negative))
@@ -208,7 +215,13 @@ class ExportReader:
     def _add_buckets(
         self, source: _Source, point: Any, buckets: list[Bucket], total: float | None
     ) -> None:
-        self._add(source, point, Kind.DISTRIBUTION, weighted_values(buckets, total))
+        try:
+            values = weighted_values(buckets, total)
+        except (OverflowError, ValueError):
+            values = [(math.nan, 1)]
+        if not all(math.isfinite(value) for value, _ in values):
+            raise _Refusal(Reason.VALUE, "its buckets are too wide to have values")
+        self._add(source, point, Kind.DISTRIBUTION, values)
 
     def _add(
         self, source: _Source, point: Any, kind: Kind, values: Iterable[tuple[float, int]]
@@ -258,6 +271,17 @@ def _number_of(point: Any) -> float:
     if not math.isfinite(value):
         raise _Refusal(Reason.VALUE, f"{value} is not a number")
     return float(value)
+
+
+def _check_histogram(point: Any, counts: Sequence[int], bounds: Sequence[float]) -> None:
+    """Refuses what would follow the series into its rollups, or into what it had counted."""
+    if any(count >= _COUNT_BOUND for count in counts) or sum(counts) >= _COUNT_BOUND:
+        raise _Refusal(Reason.VALUE, f"its counts are not below {_COUNT_BOUND:,}")
+    if any(math.isnan(bound) for bound in bounds):
+        raise _Refusal(Reason.VALUE, "its buckets do not fit its bounds")
+    for field in ("sum", "min", "max"):
+        if point.HasField(field) and not math.isfinite(number := getattr(point, field)):
+            raise _Refusal(Reason.VALUE, f"its {field}, {number}, is not a number")
 
 
 def _with_sum(numbers: dict[str, float], total: float | None) -> dict[str, float]:
