@@ -133,10 +133,16 @@ async def test_a_real_prometheus_scrapes_all_services_and_its_rules_find_data(
             with contextlib.suppress(TimeoutError):
                 await eventually_async(all_have_data, 60)
             assert without_data == set()
-            found = await asked(session, f"{url}/query", query="service:grpc_server_handled:rate5m")
-            rates = {each["metric"]["service"]: float(each["value"][1]) for each in found["result"]}
-            assert rates.keys() == DEFAULT_PORTS.keys()
-            assert all(rate > 0 for rate in rates.values())
+            rates: dict[str, float] = {}
+
+            async def all_are_counted() -> bool:
+                query = "service:grpc_server_handled:rate5m > 0"
+                found = await asked(session, f"{url}/query", query=query)
+                for each in found["result"]:
+                    rates[each["metric"]["service"]] = float(each["value"][1])
+                return rates.keys() == DEFAULT_PORTS.keys()
+
+            await eventually_async(all_are_counted, 30)
             for group in (await asked(session, f"{url}/rules"))["groups"]:
                 for rule in group["rules"]:
                     assert rule["health"] == "ok", rule

@@ -205,12 +205,13 @@ async def test_a_streamed_answer_breaks_off_at_the_deadline_after_what_was_in_ti
         assert in_progress(server) == 0
 
 
-TOKENS = """
+STRICT = """
 [[limits]]
-id = "tokens"
-name = "inference.tokens"
-amount = 1_000_000
+id = "requests"
+name = "inference.requests"
+amount = 1_000
 period = "1m"
+strict = true
 """
 
 
@@ -221,17 +222,17 @@ class Listening(RateLimitServicer):
         super().__init__(*given)
         self.remaining_s: list[float] = []
 
-    async def reserve(self, items: Sequence[Item], emit: Emit) -> None:
+    async def check(self, items: Sequence[Item], emit: Emit) -> None:
         now = time.monotonic()
         self.remaining_s += [item.call.deadline - now for item in items]
-        await super().reserve(items, emit)
+        await super().check(items, emit)
 
 
 async def test_what_remains_of_a_deadline_is_the_deadline_of_calls_to_other_services(
     tmp_path: Path,
 ) -> None:
     limits = tmp_path / "limits.toml"
-    limits.write_text(TOKENS)
+    limits.write_text(STRICT)
     limiter = Server(RateLimitSettings(ephemeral_ports=True, grace_s=1.0, limits=limits), Listening)
     await limiter.start()
     try:

@@ -32,7 +32,7 @@ class Refused(NamedTuple):
     text: str
     tenant: str = ""
     """Whose they are, where that is known."""
-    count: int = 1
+    samples: int = 1
     """How many."""
 
     def __str__(self) -> str:
@@ -57,9 +57,9 @@ class Rejections:
     def add(self, refused: Iterable[Refused]) -> None:
         """Counts samples."""
         for each in refused:
-            self.by_reason[each.reason] += each.count
+            self.by_reason[each.reason] += each.samples
             if each.tenant:
-                self._fresh[each.tenant, each.reason] += each.count
+                self._fresh[each.tenant, each.reason] += each.samples
 
     def drain(self) -> dict[tuple[str, Reason], int]:
         """Those of known tenants since the last drain."""

@@ -165,9 +165,9 @@ class ReportReader:
 
     def _refusal(self, number: int, cause: int, value: float, count: int) -> Refused:
         if number == _NOT_INTRODUCED:
-            return Refused(Reason.SERIES, "a reference was not introduced", count=count)
+            return Refused(Reason.SERIES, "a reference was not introduced", samples=count)
         if number < 0:
-            return self._refusals[_NOT_INTRODUCED - number - 1]._replace(count=count)
+            return self._refusals[_NOT_INTRODUCED - number - 1]._replace(samples=count)
         series = self._table.all[number]
         reason, text = (
             (Reason.TIME, f"is older than {self._times.late_s:,.0f} s"),
@@ -285,6 +285,6 @@ class ReportService:
             room.release()
         return metrics_pb2.ReportResponse(
             acknowledged=last.sequence,
-            rejected=sum(each.count for each in refused),
+            rejected=sum(each.samples for each in refused),
             rejections=list(dict.fromkeys(str(each) for each in refused))[:_NAMED_REJECTIONS],
         )

@@ -137,8 +137,10 @@ def read_silence(tenant: str, silence_id: str, message: Any) -> Silence:
     def read(inner: Violations) -> None:
         matchers = read_matchers(inner, message.matchers)
         inner.count("matchers", len(matchers), at_least=1, at_most=_MAX_TEXTS)
-        start_s = message.start_time.ToNanoseconds() / 1e9
-        end_s = message.end_time.ToNanoseconds() / 1e9
+        for field in ("start_time", "end_time"):
+            inner.time(field, getattr(message, field))
+        start_s = message.start_time.seconds + message.start_time.nanos / 1e9
+        end_s = message.end_time.seconds + message.end_time.nanos / 1e9
         inner.require("end_time", message.HasField("end_time"), "is missing")
         inner.require("end_time", start_s < end_s, "must be after start_time, and in the future")
         inner.require("end_time", end_s - start_s <= _MAX_SILENCE_S, "is over a year after")

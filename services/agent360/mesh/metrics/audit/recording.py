@@ -145,9 +145,13 @@ class Recorder:
                 if not self._failing:
                     self._log.error("audit events were not stored", error=str(error))
                 _refuse(group)
-            except BaseException:
+            except asyncio.CancelledError:
                 _refuse(group)
                 raise
+            except Exception:  # noqa: BLE001 - it is logged; callers are told
+                # A bug must not end the one task that stores: whoever comes later would wait.
+                self._log.exception("audit events were not stored")
+                _refuse(group)
             for one in group:
                 if not one.done.done():
                     one.done.set_result(None)

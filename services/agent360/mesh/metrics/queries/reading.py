@@ -182,7 +182,7 @@ def _widened(start_s: float, end_s: float, length_s: int) -> tuple[int, int]:
 def _time(field: str, request: Any, faults: Violations) -> float:
     given: Timestamp = getattr(request, field)
     faults.require(field, 0 <= given.seconds < _LATEST_S, "must be from 1970 to 2242")
-    return given.ToNanoseconds() / 1e9
+    return given.seconds + given.nanos / 1e9
 
 
 def _read_offsets(faults: Violations, request: Any, step_s: int) -> tuple[int, ...]:
