@@ -138,6 +138,35 @@ async def test_scripts_that_are_flushed_under_load_are_loaded_again(
         assert sum(await asyncio.gather(*clients)) == 2_000
 
 
+async def test_reservations_are_kept_exactly_while_scripts_are_flushed(
+    redis: RedisServer, limits: Path
+) -> None:
+    async with (
+        running("ratelimit", store=redis.url, limits=limits, answer_s=5) as server,
+        Mesh.connect(ratelimit=server.address, tenant="acme", api_key="") as mesh,
+    ):
+        settled = 0
+
+        async def client() -> None:
+            nonlocal settled
+            for _ in range(20):
+                reserved = await mesh.ratelimit.reserve("leased", 5)
+                assert reserved.decision.allowed
+                assert not reserved.decision.degraded
+                assert (await mesh.ratelimit.settle(reserved.reservation_id, 1)).adjustment == -4
+                settled += 1
+
+        clients = [asyncio.create_task(client()) for _ in range(30)]
+        flushes = 0
+        while settled < 600 and not any(each.done() and each.exception() for each in clients):
+            await redis.command("SCRIPT", "FLUSH")
+            flushes += 1
+            await asyncio.sleep(0.01)
+        await asyncio.gather(*clients)
+        assert flushes > 3
+        assert (await mesh.ratelimit.check("leased", hits=0)).remaining == 400
+
+
 async def test_a_store_that_is_killed_and_restarted_under_load_forgets_nothing_it_said(
     redis: RedisServer, limits: Path
 ) -> None:

@@ -177,13 +177,13 @@ def counts_of(
     ]
 
 
-def tightest_of(plan: Plan, rooms: Sequence[int], hits: int) -> tuple[Charge, int]:
-    """The count with the least room; where only shadow limits apply, one with just enough."""
-    found: tuple[Charge, int] | None = None
+def tightest_of(plan: Plan, rooms: Sequence[int]) -> tuple[Charge, int]:
+    """The count with the least room, one of a shadow limit only where no other applies."""
+    tightest, least = plan[0], rooms[0]
     for charge, room in zip(plan, rooms, strict=True):
-        if not charge.shadow and (found is None or room < found[1]):
-            found = charge, room
-    return found or (plan[0], max(1, hits))
+        if (charge.shadow, room) < (tightest.shadow, least):
+            tightest, least = charge, room
+    return tightest, least
 
 
 def longest_of(

@@ -183,12 +183,13 @@ class Limiter:
             self.allowed += 1
             return unlimited(hits), ()
         rooms = [charge.counter.room(now) for charge in plan]
-        tightest, least = tightest_of(plan, rooms, hits)
+        tightest, least = tightest_of(plan, rooms)
         for charge, room in zip(plan, rooms, strict=True):
             if charge.shadow and room < hits:
                 self._note_denial(charge)
-        granted = hits if least >= hits else (max(0, least) if allow_partial else 0)
-        allowed = granted > 0 if hits else least > 0
+        enough = tightest.shadow or least >= hits
+        granted = hits if enough else (max(0, least) if allow_partial else 0)
+        allowed = granted > 0 if hits else tightest.shadow or least > 0
         marks: tuple[int, ...] = ()
         if allowed:
             self.allowed += 1
@@ -203,6 +204,7 @@ class Limiter:
                 (charge.counter.wait(now, needed), charge) for charge in plan if not charge.shadow
             ]
             longest, tightest = longest_of(waits, tightest)
+            least = rooms[plan.index(tightest)]
             retry_after_s = None if longest is None else longest / 1e6
             if hits:
                 self._note_denial(tightest)

@@ -67,7 +67,8 @@ class ReplicaLeases:
         self._limits = LimitSet(())
         self._background = Background()
         self._known: WeakValueDictionary[tuple[str, ...], HotLimits] = WeakValueDictionary()
-        """Those of plans in use, by the names of their counts."""
+        """Those of plans in use, by their tenants and the names of their counts: usage is told of
+        each tenant that shares a count."""
         self._hot: dict[tuple[str, ...], HotLimits] = {}
         """Those that have a pool, the oldest first."""
 
@@ -82,7 +83,7 @@ class ReplicaLeases:
             return None
         if not self._store.in_one_place(counts):
             return None
-        key = _key_of(counts)
+        key = _key_of(tenant, counts)
         hot = self._known.get(key)
         if hot is None:
             hot = self._known[key] = HotLimits(tenant, counts)
@@ -115,7 +116,8 @@ class ReplicaLeases:
         if now - hot.since > _HOT_S:
             hot.since, hot.checks = now, 0
         hot.checks += len(decided)
-        hot.room = decided[-1].remaining
+        last = decided[-1]  # a denial tells of the limit that denied, others may have less left
+        hot.room = last.remaining if last.allowed else min(hot.room, last.remaining)
         if hot.checks < _HOT_CHECKS or hot.room // _PART < _LEAST_TOKENS:
             return
         pool = hot.pool or self._open(hot)
@@ -138,7 +140,7 @@ class ReplicaLeases:
 
     def _open(self, hot: HotLimits) -> LeasePool | None:
         """A pool for limits that have become hot; None if they have changed."""
-        key = _key_of(hot.counts)
+        key = _key_of(hot.tenant, hot.counts)
         if self._known.get(key) is not hot:
             return None
         if len(self._hot) >= _MAX_POOLS:
@@ -196,8 +198,8 @@ _NOTHING: Final = ClientDecision(
 )
 
 
-def _key_of(counts: tuple[Any, ...]) -> tuple[str, ...]:
-    return tuple(count.key for count in counts)
+def _key_of(tenant: str, counts: tuple[Any, ...]) -> tuple[str, ...]:
+    return (tenant, *(count.key for count in counts))
 
 
 def _may_be_leased(limit: Limit) -> bool:

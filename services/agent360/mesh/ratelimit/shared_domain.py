@@ -46,6 +46,8 @@ class SharedPlan(NamedTuple):
     one_step: bool
     """Whether many requests may be decided by one step: the counts are in one place, and none is
     of a limit in shadow mode."""
+    others: tuple[SharedPlan, ...] = ()
+    """The further plans that were joined to this one."""
 
 
 class SharedDomain:
@@ -128,9 +130,11 @@ class SharedDomain:
         return SharedPlan(counts, tenant, name, facts, slots, own, override, hot, one_step)
 
     def join(self, plans: Sequence[SharedPlan]) -> SharedPlan:
-        """See ``Domain``; while the store is away, the first decides."""
+        """See ``Domain``."""
         counts = tuple({count.key: count for plan in plans for count in plan.counts}.values())
-        return plans[0]._replace(counts=counts, hot=None, one_step=self._in_one_step(counts))
+        return plans[0]._replace(
+            counts=counts, hot=None, one_step=self._in_one_step(counts), others=tuple(plans[1:])
+        )
 
     async def decide(self, asks: Sequence[Ask]) -> Sequence[Decision]:
         """See ``Domain``."""
@@ -315,9 +319,14 @@ class SharedDomain:
         if refusal is not None:
             self._note_alone(plan, refusal)
             return refusal
-        local = self._local.plan(
-            plan.tenant, plan.name, plan.facts, own=plan.own, override=plan.override
-        )
+        charges = [
+            charge
+            for each in (plan, *plan.others)
+            for charge in self._local.plan(
+                each.tenant, each.name, each.facts, own=each.own, override=each.override
+            )
+        ]
+        local = tuple(dict.fromkeys(charges))
         decision = self._local.decide(local, ask.hits, ask.allow_partial, self._local.clock())
         self._note_alone(plan, decision)
         return decision._replace(degraded=True)

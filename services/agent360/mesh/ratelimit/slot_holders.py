@@ -46,13 +46,14 @@ class SlotHolders:
         if not plan:
             return unlimited(slots), free_id(Kind.SLOTS, round(ttl_s * 1e6), self._new_id())
         rooms = [charge.pool.room(now) for charge in plan]
-        tightest, least = tightest_of(plan, rooms, slots)
+        tightest, least = tightest_of(plan, rooms)
         for charge, room in zip(plan, rooms, strict=True):
             if charge.shadow and room < slots:
                 self._note_denial(charge)
-        if least < slots:
+        if least < slots and not tightest.shadow:
             waits = [(charge.pool.wait(now, slots), charge) for charge in plan if not charge.shadow]
             longest, tightest = longest_of(waits, tightest)
+            least = rooms[plan.index(tightest)]
             self._note_denial(tightest)
             retry_after_s = None if longest is None else longest / 1e6
             return self._slots_decision(tightest, 0, least, retry_after_s, now), ""

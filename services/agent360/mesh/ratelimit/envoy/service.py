@@ -15,7 +15,7 @@ from agent360.mesh.ratelimit.envoy.contract import (
     UNITS,
     RateLimitResponse,
 )
-from agent360.mesh.ratelimit.envoy.questions import MOST_HITS, read_questions
+from agent360.mesh.ratelimit.envoy.questions import MOST_HITS, Question, read_questions
 from agent360.mesh.ratelimit.limits import Limit, Source
 from agent360.mesh.runtime.call import Call
 from agent360.mesh.runtime.service import ServiceDefinition
@@ -69,7 +69,7 @@ class EnvoyService:
             decisions = await domain.decide([Ask(plans[0], questions[0].hits, False)])
             over = [not decisions[0].allowed]
         elif len({each.hits for each in questions}) == 1:
-            decisions, over = await self._decide_together(plans, questions[0].hits)
+            decisions, over = await self._decide_together(questions, plans)
         else:
             decisions = await domain.decide(
                 [Ask(plan, each.hits, False) for plan, each in zip(plans, questions, strict=True)]
@@ -77,28 +77,37 @@ class EnvoyService:
             over = [not decision.allowed for decision in decisions]
         response = RateLimitResponse(overall_code=OVER_LIMIT if any(over) else OK)
         for question, decision, denied in zip(questions, decisions, over, strict=True):
-            limit = question.override
-            if limit is None:
-                limit = domain.limits.of(question.tenant).get(decision.limit_id)
+            limit = self._limit_of(question, decision)
             _write_status(response.statuses.add(), decision, limit, denied)
         _write_headers(response, decisions, over)
         return response
 
     async def _decide_together(
-        self, plans: Sequence[Any], hits: int
+        self, questions: Sequence[Question], plans: Sequence[Any]
     ) -> tuple[Sequence[Decision], list[bool]]:
         """Charges all descriptors or none; then looks at each."""
+        hits = questions[0].hits
         (joint,) = await self._domain.decide([Ask(self._domain.join(plans), hits, False)])
         looks = await self._domain.decide([Ask(plan, 0, False) for plan in plans])
         if joint.allowed:
             return looks, [False] * len(plans)
-        over = [bool(look.limit_id) and look.remaining < max(1, hits) for look in looks]
+        over = []
+        for question, look in zip(questions, looks, strict=True):
+            limit = self._limit_of(question, look)
+            enforced = limit is not None and not limit.shadow
+            over.append(enforced and look.remaining < max(1, hits))
         if not any(over):  # it came back meanwhile, or the store is away
             over[0] = True
         return [
             look._replace(retry_after_s=joint.retry_after_s) if denied else look
             for look, denied in zip(looks, over, strict=True)
         ], over
+
+    def _limit_of(self, question: Question, decision: Decision) -> Limit | None:
+        """The limit that a decision tells of; None: none applies."""
+        if question.override is not None:
+            return question.override
+        return self._domain.limits.of(question.tenant).get(decision.limit_id)
 
 
 def _write_status(status: Any, decision: Decision, limit: Limit | None, denied: bool) -> None:

@@ -39,7 +39,7 @@ def decision_of(part: Part, row: Sequence[Any]) -> Decision:
 
 def expanded(part: Part, row: Sequence[Any], run: Run) -> tuple[Decided, Sequence[str]]:
     """The decisions on a run, of which the first so many were allowed."""
-    fit, room, tightest, reset_us, retry_us, denier, denier_reset_us = row
+    fit, room, tightest, reset_us, retry_us, denier, denier_reset_us, denier_room = row
     hits, limit = run.ask.hits, part.counts[tightest - 1].limit
     size, limit_id, reset_s = limit.size, limit.limit_id, reset_us / 1e6
     decisions = allowed_run(hits, fit, room - fit * hits, size, reset_s, limit_id)
@@ -47,7 +47,7 @@ def expanded(part: Part, row: Sequence[Any], run: Run) -> tuple[Decided, Sequenc
     if not missing:
         return decisions, ()
     wait_s = None if retry_us < 0 else retry_us / 1e6
-    left = max(0, room - fit * hits)
+    left = max(0, denier_room - fit * hits)
     limit = part.counts[denier - 1].limit
     denial = Decision(False, 0, left, limit.size, denier_reset_us / 1e6, wait_s, limit.limit_id)
     return [*decisions, *[denial] * missing], [limit.limit_id] * missing
@@ -85,6 +85,11 @@ def joint_decision(rows: Sequence[tuple[Part, Row]]) -> Decision:
     if denials:
         return max(denials, key=lambda each: (each.retry_after_s is None, each.retry_after_s or 0))
     granted = min(each.granted for each in decisions)
-    tightest = min(decisions, key=lambda each: each.remaining + each.granted)
+    deciding = [
+        decision
+        for decision, (part, _) in zip(decisions, rows, strict=True)
+        if not all(count.limit.shadow for count in part.counts)
+    ]
+    tightest = min(deciding or decisions, key=lambda each: each.remaining + each.granted)
     lower = next((each for each in decisions if each.granted == granted), tightest)
     return tightest._replace(granted=granted, retry_after_s=lower.retry_after_s)

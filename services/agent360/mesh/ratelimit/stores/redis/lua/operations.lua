@@ -3,7 +3,7 @@
 --
 -- {'d', hits, partial, counts}                 decide
 -- {'m', hits, counts, times}                   decide the same so many times; {allowed, room before, tightest, reset_us, retry_us,
---                                              denier, its reset_us}; not in part, and not in shadow mode
+--                                              denier, its reset_us, its room before}; not in part, and not in shadow mode
 -- {'g', hits, counts, marks, charged}          give back some of the hits charged
 -- {'v', tokens, counts, record, kept_ms, named, parts}
 --                                              reserve; named: the record may be there, as its name was made from the request's id
@@ -84,17 +84,17 @@ end
 
 -- Decides; charge(i, granted) charges one count and returns its mark.
 local function decide(hits, partial, which, charge)
-  local tightest, least, denied = 1, nil, {}
+  local tightest, least, shadow, rooms, denied = 1, nil, 1, {}, {}
   for n, i in ipairs(which) do
-    local room = room_of(i)
-    if counts[i][2] == 0 and (not least or room < least) then tightest, least = n, room end
-    if counts[i][2] == 1 and room < hits then denied[#denied + 1] = n end
+    local room, tried = room_of(i), counts[i][2]
+    rooms[n] = room
+    if not least or tried < shadow or (tried == shadow and room < least) then tightest, least, shadow = n, room, tried end
+    if tried == 1 and room < hits then denied[#denied + 1] = n end
   end
-  if not least then least = max(1, hits) end
   local granted = 0
-  if least >= hits then granted = hits elseif partial then granted = max(0, least) end
+  if shadow == 1 or least >= hits then granted = hits elseif partial then granted = max(0, least) end
   local allowed = granted > 0
-  if hits == 0 then allowed = least > 0 end
+  if hits == 0 then allowed = shadow == 1 or least > 0 end
   local marks, retry = {}, -1
   if allowed and granted > 0 then
     for n, i in ipairs(which) do marks[n] = charge(i, granted) end
@@ -112,7 +112,7 @@ local function decide(hits, partial, which, charge)
         if wait > longest then longest, tightest = wait, n end
       end
     end
-    retry = longest
+    retry, least = longest, rooms[tightest]
     if hits > 0 then denied[#denied + 1] = tightest end
   end
   return {allowed and 1 or 0, granted, max(0, least - granted), tightest, reset_of(which[tightest]), retry, marks, denied}
@@ -131,8 +131,10 @@ function run.d(op) return decide(op[2], op[3] == 1, op[4], charge_rate) end
 function run.m(op)
   local hits, which, times = op[2], op[3], op[4]
   local tightest, least
+  local rooms = {}
   for n, i in ipairs(which) do
     local room = room_of(i)
+    rooms[n] = room
     if not least or room < least then tightest, least = n, room end
   end
   local fit = max(0, min(times, floor(least / hits)))
@@ -151,7 +153,7 @@ function run.m(op)
       if wait > retry then retry, denier = wait, n end
     end
   end
-  return {fit, least, tightest, reset_of(which[tightest]), retry, denier, reset_of(which[denier])}
+  return {fit, least, tightest, reset_of(which[tightest]), retry, denier, reset_of(which[denier]), rooms[denier]}
 end
 
 function run.g(op)
