@@ -106,6 +106,22 @@ def metrics(
 
 
 @bench.command()
+def profiling(
+    rounds: Rounds = 5,
+    seconds: Seconds = 1.0,
+    json_file: JsonFile = None,
+) -> None:
+    """What profiles cost: the speed of a busy event loop while it is profiled."""
+    from agent360.mesh.bench.profiling import flatten, measure, print_profiling_figures
+    from agent360.mesh.bench.report import write_json
+
+    flat = flatten(asyncio.run(measure(rounds, seconds, _report)))
+    print_profiling_figures(flat, Console())
+    if json_file is not None:
+        write_json(flat, json_file)
+
+
+@bench.command()
 def compare(old: Path, new: Path) -> None:
     """Print the ratios between two result files."""
     from agent360.mesh.bench.report import print_comparison
